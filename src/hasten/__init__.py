@@ -1,0 +1,1 @@
+"""hasten: train convolutional networks in less time, and measure by how much."""
