@@ -1,1 +1,57 @@
-"""hasten: train convolutional networks in less time, and measure by how much."""
+"""hasten: train convolutional networks in less time, and measure by how much.
+
+``Session`` applies methods to your own training loop, ``fit`` is a ready loop, ``compare`` measures what methods buy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.compare import Arm, compare
+    from hasten.conformance import check_method
+    from hasten.errors import HastenError
+    from hasten.fit import Result, fit
+    from hasten.method import Batch, Effect, Method, MethodSpec
+    from hasten.recipe import PLAIN, STRONG, Recipe
+    from hasten.registry import available, method
+    from hasten.session import Session
+    from hasten.surgery import check_training_state
+
+__version__ = "0.1.0"
+
+# name -> module it lives in; imported when first used, so that `import hasten` and the command line start fast
+_WHERE = {
+    "Arm": "compare",
+    "Batch": "method",
+    "Effect": "method",
+    "HastenError": "errors",
+    "Method": "method",
+    "MethodSpec": "method",
+    "PLAIN": "recipe",
+    "Recipe": "recipe",
+    "Result": "fit",
+    "STRONG": "recipe",
+    "Session": "session",
+    "available": "registry",
+    "check_method": "conformance",
+    "check_training_state": "surgery",
+    "compare": "compare",
+    "fit": "fit",
+    "method": "registry",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    value = getattr(import_module(f"hasten.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

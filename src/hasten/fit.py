@@ -1,0 +1,271 @@
+"""The ready training loop: data, schedule, evaluation, logs, checkpoints and exact resume around a Session."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten import keyed, models
+from hasten.checkpoint import StopSignal, Store, claim_folder
+from hasten.data import DataSet, Images, Loader, load
+from hasten.errors import DataError, NonFiniteError
+from hasten.logs import Logs
+from hasten.loss import cross_entropy
+from hasten.measure.clock import Clock
+from hasten.method import Effect, Method
+from hasten.optim.ema import EMA
+from hasten.progress import Progress, silent
+from hasten.recipe import Recipe
+from hasten.session import Session
+
+Evaluator = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Result:
+    """What a run came to. accuracy in [0, 1]; seconds by span of the clock; curve rows (seconds, samples, accuracy).
+
+    ``seconds_train`` is the time that counts: everything from the first batch to the last, without evaluation, saving
+    and set-up. ``stopped`` is the signal that ended the run early, or 0.
+    """
+
+    accuracy: float
+    seconds_train: float
+    spans: dict[str, float]
+    curve: list[tuple[float, int, float]]
+    counters: dict[str, int]
+    witness: dict[str, dict[str, float]]
+    effects: dict[str, Effect]
+    steps: int
+    stopped: int = 0
+    messages: list[str] = field(default_factory=list)
+    model: nn.Module | None = None
+
+
+def fit(
+    model: str | nn.Module | Callable[[], nn.Module],
+    data: str | Path | DataSet = "fashion-mnist-12k",
+    methods: Sequence[Method] = (),
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    save_every: float = 60.0,
+    progress: Progress = silent,
+    allow_no_effect: bool = False,
+    device: str = "cpu",
+    on_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Train ``model`` on ``data`` with ``methods`` and return the result.
+
+    model: a known name, a module, a factory, ``file.py:factory`` or ``pkg.mod:factory``. data: a known name, a path,
+    or a DataSet. out: folder for logs and checkpoints; a run found there is continued exactly where it was, if its
+    settings are the same. save_every: seconds between checkpoints. progress: told of every step and evaluation.
+    on_step: called after every step with its number, for callers that must act there.
+
+    All randomness is a function of ``seed``; PyTorch's global generator is left as it was found. Raises HastenError
+    (its subclasses say what), after saving nothing: the last checkpoint stays as it was.
+    """
+    with ExitStack() as stack:
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        torch.manual_seed(keyed.key64(seed, "global"))
+        run = _Run(model, data, methods, recipe or Recipe(), seed, out, progress, allow_no_effect, device)
+        stack.callback(run.logs.close)
+        stop = stack.enter_context(StopSignal()) if out is not None else None
+        run.restore()
+        run.train(stop, save_every, on_step)
+        return run.result(stop)
+
+
+class _Run:
+    """One run: what ``fit`` builds, and the loop over its steps."""
+
+    def __init__(
+        self,
+        model: str | nn.Module | Callable[[], nn.Module],
+        data: str | Path | DataSet,
+        methods: Sequence[Method],
+        recipe: Recipe,
+        seed: int,
+        out: str | Path | None,
+        progress: Progress,
+        allow_no_effect: bool,
+        device: str,
+    ) -> None:
+        self.clock = Clock(device=device)
+        with self.clock.span("setup"):
+            self.data = data if isinstance(data, DataSet) else load(str(data))
+            self.recipe, self.seed, self.progress, self.device = recipe, seed, progress, device
+            self.messages: list[str] = []
+            train = self.data.train
+            source = models.resolve(model, num_classes=len(train.classes), in_channels=train.pixels.shape[3],
+                                    image_size=train.pixels.shape[1], seed=seed)  # fmt: skip
+            net = source.make().to(device)
+            self.loader = self._loader(train, recipe.batch_size, recipe.augmentations(self.data.flip_ok), shuffle=True)
+            self.test = self._loader(self.data.test, min(500, len(self.data.test.labels)), (), shuffle=False)
+            self.total = max(1, round(recipe.epochs * len(self.loader)))
+            first = next(iter(self.loader.epoch(0)))
+            self.session = Session(
+                net, recipe.optimizer(net), methods, sample=(first.inputs, first.targets), seed=seed,
+                loss=cross_entropy(recipe.label_smoothing), total_samples=self.total * recipe.batch_size,
+                allow_no_effect=allow_no_effect, check_gradients=True, clock=self.clock,
+            )  # fmt: skip
+            self.ema = EMA(self.session.model, recipe.ema) if recipe.ema is not None else None
+            self.curve: list[tuple[float, int, float]] = []
+            self.step = 0
+            self.identity = {
+                "model": source.recipe or {"object": source.label}, "data": self.data.name, "seed": seed,
+                "samples": len(train.labels), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
+                "methods": [repr(m) for m in self.session.methods],
+            }  # fmt: skip
+            self.store, folder = None, None
+            if out is not None:
+                folder = claim_folder(Path(out))
+                self.store = Store(folder / "checkpoints", on_problem=self.messages.append)
+                if source.recipe is None:
+                    self.messages.append(
+                        "the model is an object without a factory: this run can be resumed only by a program that "
+                        "builds the same object again; give a name or file.py:factory to resume from the command line."
+                    )
+            self.logs = Logs(folder)
+
+    def _loader(self, images: Images, batch: int, augment: Sequence[Any], *, shuffle: bool) -> Loader:
+        return Loader(images, batch, seed=self.seed, augment=tuple(augment), shuffle=shuffle, drop_last=shuffle,
+                      stats=self.data.train, device=self.device)  # fmt: skip
+
+    # -- resume
+    def restore(self) -> None:
+        """Continue from the newest good checkpoint, if there is one."""
+        if self.store is None:
+            return
+        loaded = self.store.load(self.identity)
+        if loaded is None:
+            self.logs.rewind({})
+            return
+        self.messages += loaded.warnings
+        state = loaded.parts["state"]
+        self.session.load_state_dict(
+            {"model": loaded.parts["model"], "optimizers": loaded.parts["optim"]["optimizers"],
+             "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
+             "counters": state["counters"]}  # fmt: skip
+        )
+        if self.ema is not None:
+            self.ema.load_state_dict(loaded.parts["ema"])
+        self.clock.load_state_dict(state["clock"])
+        self.curve = [tuple(row) for row in state["curve"]]
+        self.step = loaded.step
+        torch.set_rng_state(state["rng"])
+        self.logs.rewind(state["logs"])
+        self.messages.append(f"continued from step {self.step} of {self.total} ({loaded.path.name})")
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        if self.store is None:
+            return
+        with self.clock.span("save"):
+            state = self.session.state_dict()
+            parts: dict[str, dict[str, Any]] = {
+                "model": state["model"],
+                "optim": {"optimizers": state["optimizers"]},
+                "state": {
+                    "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
+                    "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
+                    "logs": self.logs.offsets(),
+                },
+            }  # fmt: skip
+            parts |= {f"method-{name}": value for name, value in state["methods"].items()}
+            if self.ema is not None:
+                parts["ema"] = self.ema.state_dict()
+            self.store.save(self.step, parts, self.identity)
+
+    # -- the loop
+    def train(self, stop: StopSignal | None, save_every: float, on_step: Callable[[int], None] | None) -> None:
+        """Run from the present step to the last, or until a signal asks to stop."""
+        per_epoch, session, clock = len(self.loader), self.session, self.clock
+        saved = time.monotonic()
+        cadence = max(1, round(self.recipe.eval_every * per_epoch)) if self.recipe.eval_every else self.total
+        while self.step < self.total:
+            epoch, start = divmod(self.step, per_epoch)
+            if start == 0:
+                session.start_epoch(epoch)
+            batches = self.loader.epoch(epoch, start)
+            for _ in range(start, min(per_epoch, self.total - epoch * per_epoch)):
+                with clock.span("data"):
+                    batch = next(batches)
+                self._one_step(batch.inputs, batch.targets, batch.index)
+                if self.step % per_epoch == 0:
+                    session.end_epoch()
+                if self.step % cadence == 0 or self.step == self.total:
+                    self.evaluate()
+                if on_step is not None:
+                    on_step(self.step)
+                if stop is not None and stop.requested:
+                    self.save()
+                    return
+                if self.store is not None and time.monotonic() - saved >= save_every:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+
+    def _one_step(self, inputs: Tensor, targets: Tensor, index: Tensor) -> None:
+        session = self.session
+        factor = self.recipe.factor(self.step / self.total)
+        for optimizer in session.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr * factor
+        loss = session.step(inputs, targets, index)
+        self.step += 1
+        if self.ema is not None:
+            with self.clock.span("optimizer"):
+                self.ema.update(session.model)
+        record = {"step": self.step, "samples": session.counters["streamed"], "loss": loss.item(),
+                  "lr": self.recipe.lr * factor}  # fmt: skip
+        self.logs.step(record)
+        self.progress.step(self.step, self.total, record["loss"])
+
+    def evaluate(self) -> float:
+        """Return the accuracy on the test images, of the averaged weights where the recipe has them."""
+        spans = self.clock.totals()
+        with self.clock.span("eval"), ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.applied(self.session.model))
+            forward = stack.enter_context(self.session.inference())
+            right, total_loss, count = 0, 0.0, 0
+            for batch in self.test.epoch(0):
+                outputs = forward(batch.inputs).float()
+                right += int((outputs.argmax(1) == batch.targets).sum())
+                total_loss += float(nn.functional.cross_entropy(outputs, batch.targets, reduction="sum"))
+                count += len(batch.targets)
+        accuracy, seconds = right / count, counted(spans)
+        row = (seconds, self.session.counters["streamed"], accuracy)
+        self.curve.append(row)
+        self.logs.evaluation({"step": self.step, "epoch": self.step / len(self.loader), "samples": row[1],
+                              "seconds": f"{seconds:.3f}", "accuracy": accuracy, "loss": total_loss / count})  # fmt: skip
+        self.progress.evaluation(self.step, self.total, accuracy)
+        return accuracy
+
+    def result(self, stop: StopSignal | None) -> Result:
+        """Return what the run came to, with the averaged weights in the exported model."""
+        spans = self.clock.totals()
+        if self.ema is not None and self.step == self.total:
+            self.ema.copy_to(self.session.model)
+        return Result(
+            accuracy=self.curve[-1][2] if self.curve else 0.0, seconds_train=counted(spans), spans=spans,
+            curve=list(self.curve), counters=dict(self.session.counters), witness=self.session.witness(),
+            effects=self.session.effects, steps=self.step, stopped=int(stop.requested or 0) if stop else 0,
+            messages=self.messages, model=self.session.export(),
+        )  # fmt: skip
+
+
+def counted(spans: dict[str, float]) -> float:
+    """Return the seconds that count towards training: all spans but evaluation, saving and set-up."""
+    return sum(seconds for name, seconds in spans.items() if name not in ("eval", "save", "setup"))

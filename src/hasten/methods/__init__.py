@@ -1,0 +1,1 @@
+"""The methods, one file each, in folders named after the place of the step at which they act."""

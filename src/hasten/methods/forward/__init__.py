@@ -1,0 +1,1 @@
+"""Methods that change how the forward pass runs."""

@@ -1,0 +1,1 @@
+"""Methods that change the three products of convolution and linear layers."""

@@ -1,0 +1,33 @@
+"""The one table of methods: where each lives, and the settings with which every cross-cutting test runs it.
+
+Adding a method is one file and one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a method's class is, and its canonical settings for the conformance suite's small network.
+
+    ``limit`` are settings under which training must equal plain training bit for bit, or None where none exist.
+    """
+
+    where: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    limit: dict[str, Any] | None = None
+
+
+METHODS: dict[str, Row] = {
+    "mixed_precision": Row("hasten.methods.forward.mixed_precision:MixedPrecision"),
+    "approximate_tensor_ops": Row("hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps"),
+    "error_map_pruning": Row("hasten.methods.products.error_map_pruning:ErrorMapPruning"),
+    "early_instance_filtering": Row("hasten.methods.samples.early_instance_filtering:EarlyInstanceFiltering"),
+    "selective_backprop": Row("hasten.methods.samples.selective_backprop:SelectiveBackprop"),
+    "importance_sampling": Row("hasten.methods.samples.importance_sampling:ImportanceSampling"),
+    "standardization_loss": Row("hasten.methods.loss.standardization_loss:StandardizationLoss"),
+    "s3pool": Row("hasten.methods.forward.s3pool:S3Pool"),
+}
