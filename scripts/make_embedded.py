@@ -1,7 +1,8 @@
 """Make the built-in data set from the full Fashion-MNIST: `python scripts/make_embedded.py [FOLDER]`.
 
-FOLDER holds the four IDX files (default: the Debian package dataset-fashion-mnist). The choice is stratified and keyed
-by seed 0, so the same full set gives the same file. Prints the SHA-256 to put into hasten.data.embedded_set.
+FOLDER holds the four IDX files (default: the Debian package dataset-fashion-mnist). The choice is stratified
+and keyed by seed 0, so the same full set gives the same file. Prints the SHA-256 to put into
+hasten.data.embedded_set.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main(folder: Path) -> None:
     """Write the file and print its size and SHA-256."""
     data = b""
     for prefix, count in (("train", TRAIN), ("t10k", TEST)):
-        pair = (folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
-        data += packed(read_idx_pair(*pair, CLOTHES), count)
+        images, labels = (folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        data += packed(read_idx_pair(images, labels, CLOTHES), count)
     out = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     OUT.write_bytes(out)
     print(f"{OUT}: {len(out):,} bytes, SHA-256 {hashlib.sha256(out).hexdigest()}")

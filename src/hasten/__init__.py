@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.compare import Arm, compare
+    from hasten.comparison import Arm, compare
     from hasten.conformance import check_method
     from hasten.errors import HastenError
-    from hasten.fit import Result, fit
-    from hasten.method import Batch, Effect, Method, MethodSpec
+    from hasten.loop import Result, fit
+    from hasten.contract import Batch, Effect, Method, MethodSpec
     from hasten.recipe import PLAIN, STRONG, Recipe
     from hasten.registry import available, method
     from hasten.session import Session
@@ -23,22 +23,22 @@ __version__ = "0.1.0"
 
 # name -> module it lives in; imported when first used, so that `import hasten` and the command line start fast
 _WHERE = {
-    "Arm": "compare",
-    "Batch": "method",
-    "Effect": "method",
+    "Arm": "comparison",
+    "Batch": "contract",
+    "Effect": "contract",
     "HastenError": "errors",
-    "Method": "method",
-    "MethodSpec": "method",
+    "Method": "contract",
+    "MethodSpec": "contract",
     "PLAIN": "recipe",
     "Recipe": "recipe",
-    "Result": "fit",
+    "Result": "loop",
     "STRONG": "recipe",
     "Session": "session",
     "available": "registry",
     "check_method": "conformance",
     "check_training_state": "surgery",
-    "compare": "compare",
-    "fit": "fit",
+    "compare": "comparison",
+    "fit": "loop",
     "method": "registry",
 }
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
 @contextmanager
 def _watched(model: nn.Module, see: Callable[[str, tuple[Any, ...], Any], None]) -> Iterator[None]:
     """Call ``see(name, inputs, output)`` for every leaf module that runs; eval mode and no gradients meanwhile."""
@@ -19,7 +24,7 @@ def _watched(model: nn.Module, see: Callable[[str, tuple[Any, ...], Any], None])
             if next(module.children(), None) is None:
                 handle = module.register_forward_hook(lambda _, i, o, name=name: see(name, i, o))
                 stack.callback(handle.remove)
-        stack.callback(lambda: [setattr(m, "training", mode) for m, mode in training.items()])
+        stack.callback(_set_modes, training)
         model.eval()
         with torch.no_grad():
             yield

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from hasten.errors import ConflictError
 
 if TYPE_CHECKING:
-    from hasten.method import Method
+    from hasten.contract import Method
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from hasten.data.augment import AlternatingFlip, Augmentation, Crop, Cutout, Flip
+from hasten.data.augment import AlternatingFlip, Crop, Cutout, Flip, Transform
 from hasten.errors import SettingsError, unknown
 from hasten.optim import schedules
 from hasten.optim.groups import decay_groups
 
-AUGMENTATIONS: dict[str, Augmentation] = {
+AUGMENTATIONS: dict[str, Transform] = {
     "crop": Crop(pad=4),
     "crop2": Crop(pad=2),
     "flip": Flip(),
@@ -29,7 +29,8 @@ class Recipe:
 
     epochs: passes over the data, may be a fraction. batch_size: samples a step. lr, momentum, nesterov, weight_decay:
     of SGD as in PyTorch. decay_norms: whether weight decay also acts on biases and normalisation. schedule: shape of
-    the learning rate over the run, warmup: its rising share. label_smoothing: of cross-entropy. augment: names in
+    the learning rate over the run, warmup: the share of the run
+    in which it rises first. label_smoothing: of cross-entropy. augment: names in
     ``AUGMENTATIONS``; flips are left out on data they would relabel. ema: decay a step of the averaged weights that
     are evaluated at the end, or None. eval_every: epochs between evaluations; 0 for only the last.
     """
@@ -87,14 +88,14 @@ class Recipe:
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """Return SGD over the trainable parameters of ``model``."""
-        groups = decay_groups(model, 0.0 if not self.weight_decay else self.weight_decay, all_parameters=self.decay_norms)
+        groups = decay_groups(model, self.weight_decay, all_parameters=self.decay_norms)
         return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0)
 
     def factor(self, progress: float) -> float:
         """Return the learning rate at ``progress`` in [0, 1], as a share of ``lr``."""
         return schedules.BY_NAME[self.schedule](progress, self.warmup)
 
-    def augmentations(self, flip_ok: bool) -> tuple[Augmentation, ...]:
+    def augmentations(self, flip_ok: bool) -> tuple[Transform, ...]:
         """Return the augmentations in order; flips only where ``flip_ok``."""
         names = [n for n in self.augment if flip_ok or "flip" not in n]
         return tuple(AUGMENTATIONS[n] for n in names)
@@ -104,3 +105,4 @@ class Recipe:
 # mixed_precision() as its only method.
 PLAIN = Recipe(schedule="cosine", warmup=0.0, decay_norms=True, nesterov=False)
 STRONG = Recipe(schedule="linear", warmup=0.2, label_smoothing=0.1, ema=0.99)
+RECIPES: dict[str, Recipe] = {"plain": PLAIN, "strong": STRONG}

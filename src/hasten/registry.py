@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from hasten.errors import HastenError, SettingsError, unknown
-from hasten.method import Method
+from hasten.contract import Method
 from hasten.table import METHODS
 
 GROUP = "hasten.methods"

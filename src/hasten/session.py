@@ -17,10 +17,10 @@ from hasten import loss as losses
 from hasten.diagnose import first_non_finite, layer_shapes
 from hasten.errors import HastenError, NoEffectError, NonFiniteError, UnsupportedError
 from hasten.measure.clock import Clock
-from hasten.method import Batch, Effect, Method, overrides
+from hasten.contract import Batch, Effect, Method, overrides
 from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
-from hasten.products import Plan, install, uninstall
+from hasten.products import Plan, install, planned, uninstall
 from hasten.surgery import check_training_state, replace_module
 
 
@@ -60,7 +60,6 @@ class Session:
         self.check_gradients = check_gradients
         self.clock = clock if clock is not None else Clock(enabled=False)
         self.counters = {"step": 0, "epoch": 0, "streamed": 0, "forward": 0, "backward": 0, "updates": 0}
-        self.plans: dict[str, Plan] = {}
         self.effects: dict[str, Effect] = {}
         self.methods = [copy.copy(m) for m in ordered(methods)]
         self._edits: list[Callable[[], None]] = []
@@ -80,10 +79,11 @@ class Session:
         return layer_shapes(self.model, self.sample[0])
 
     def plan(self, layer: str) -> Plan:
-        """Return the product plan of the layer called ``layer``, made exact when first asked for."""
-        if layer not in self.plans:
-            self.plans[layer] = Plan(layer)
-        return self.plans[layer]
+        """Return the product plan of the layer called ``layer``, put in when first asked for.
+
+        Raises UnsupportedError if the layer cannot carry one; ``hasten.products.supported`` says so beforehand.
+        """
+        return install(self.model.get_submodule(layer), layer)
 
     def edit(self, change: Callable[[], None]) -> None:
         """Run ``change`` once every method has attached; until then the model stays as it was."""
@@ -228,7 +228,9 @@ class Session:
             uninstall(module)
         for method in reversed(self.methods):
             method.export(model)
-        return model.to(memory_format=torch.contiguous_format).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()
+        return model.eval()
 
     # -- construction
     def _attach(self, allow_no_effect: bool) -> None:
@@ -245,20 +247,26 @@ class Session:
                 raise UnsupportedError(
                     f"{name} follows a schedule over the run: give Session(..., total_samples=epochs * samples)."
                 )
-        for method in self.methods:
-            name = method.spec.name
-            effect = method.attach(self)
-            if not effect.touched and not allow_no_effect:
-                reasons = "\n".join(effect.lines()) or "  it found nothing it acts on"
-                raise NoEffectError(
-                    f"{name} has no effect on this model; leave it out, or give allow_no_effect=True.\n{reasons}"
-                )
-            self.effects[name] = effect
+        before = planned(self.model)
+        try:
+            for method in self.methods:
+                self.effects[method.spec.name] = self._agreed(method, allow_no_effect)
+        except BaseException:
+            for name in planned(self.model).keys() - before.keys():
+                uninstall(self.model.get_submodule(name))
+            raise
         for change in self._edits:
             change()
-        for name, plan in self.plans.items():
-            install(self.model.get_submodule(name), plan)
         check_training_state(self.model, self.optimizers)
+
+    def _agreed(self, method: Method, allow_no_effect: bool) -> Effect:
+        effect = method.attach(self)
+        if not effect.touched and not allow_no_effect:
+            reasons = "\n".join(effect.lines()) or "  it found nothing it acts on"
+            raise NoEffectError(
+                f"{method.spec.name} has no effect on this model; leave it out, or give allow_no_effect=True.\n{reasons}"
+            )
+        return effect
 
     def _collect_hooks(self) -> None:
         def having(hook: str) -> list[Method]:

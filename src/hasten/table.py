@@ -25,9 +25,19 @@ METHODS: dict[str, Row] = {
     "mixed_precision": Row("hasten.methods.forward.mixed_precision:MixedPrecision"),
     "approximate_tensor_ops": Row("hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps"),
     "error_map_pruning": Row("hasten.methods.products.error_map_pruning:ErrorMapPruning"),
-    "early_instance_filtering": Row("hasten.methods.samples.early_instance_filtering:EarlyInstanceFiltering"),
-    "selective_backprop": Row("hasten.methods.samples.selective_backprop:SelectiveBackprop"),
-    "importance_sampling": Row("hasten.methods.samples.importance_sampling:ImportanceSampling"),
+    "early_instance_filtering": Row(
+        "hasten.methods.samples.early_instance_filtering:EarlyInstanceFiltering",
+        {"warmup": 2, "min_keep": 4, "round_to": 16},
+        {"min_keep": 1_000_000},
+    ),
+    "selective_backprop": Row(
+        "hasten.methods.samples.selective_backprop:SelectiveBackprop",
+        {"prime_epochs": 0, "beta": 1.0},
+        {"beta": 0.0},
+    ),
+    "importance_sampling": Row(
+        "hasten.methods.samples.importance_sampling:ImportanceSampling", {"tau_th": 0.05}, {"tau_th": 1e9}
+    ),
     "standardization_loss": Row("hasten.methods.loss.standardization_loss:StandardizationLoss"),
     "s3pool": Row("hasten.methods.forward.s3pool:S3Pool"),
 }

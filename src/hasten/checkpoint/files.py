@@ -1,7 +1,7 @@
 """The few file operations a checkpoint needs, behind one class.
 
-Everything that changes a disk goes through `Files`, and every method first calls `before`. A test overrides `before`
-to stop the world, or to report a full disk, at exactly the n-th operation of a save.
+Everything that changes a disk goes through `Files`, and every method first calls `before`. A test overrides
+`before` to stop the world, or to report a full disk, at exactly the n-th operation of a save.
 """
 
 from __future__ import annotations
@@ -93,14 +93,11 @@ class Files:
     def read(self, path: Path, cap: int) -> bytes:
         """Return the contents of the plain file ``path``.
 
-        Links are not followed and devices and pipes not opened (`OSError` with errno ELOOP or EINVAL); more than
-        ``cap`` bytes are refused with EFBIG before any is read.
+        Links are not followed and devices and pipes not opened (`OSError` with errno ELOOP or EINVAL); more
+        than ``cap`` bytes are refused with EFBIG before any is read.
         """
-        with os.fdopen(self._open_plain(path, cap), "rb") as file:
-            data = file.read(cap + 1)
-        if len(data) > cap:
-            raise OSError(errno.EFBIG, f"larger than the {cap} bytes allowed", str(path))
-        return data
+        with os.fdopen(self._open_plain(path, cap), "rb", buffering=0) as file:
+            return file.readall()
 
     def sha256(self, path: Path, cap: int) -> tuple[int, str]:
         """Return size and SHA-256 of a plain file without holding it in memory; same errors as `read`."""

@@ -1,9 +1,10 @@
 """A nested state as named tensors plus a JSON skeleton, and back, bit for bit.
 
-`pack` splits a tree of dicts, lists and tuples into what a safetensors file holds (the tensors, named by their path
-in the tree, so a model's file has its `state_dict` keys) and what JSON holds (everything else). Values that JSON has
-no word for become an object with one key that starts with ``$``: ``$tensor``, ``$tuple``, ``$dict`` (keys that are
-not plain strings), ``$ordered``, ``$int`` (beyond 64 bits), ``$float`` (nan and infinities, as bits), ``$bytes``.
+`pack` splits a tree of dicts, lists and tuples into what a safetensors file holds (the tensors, named by
+their path in the tree, so a model's file has its `state_dict` keys) and what JSON holds (everything else).
+Values that JSON has no word for become an object with one key that starts with ``$``: ``$tensor``,
+``$tuple``, ``$dict`` (keys that are not plain strings), ``$ordered``, ``$int`` (beyond 64 bits), ``$float``
+(nan and infinities, as bits), ``$bytes``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ MAX_DEPTH = 100
 
 # Written under their own name. The others go as raw bytes with the type noted: old readers do not know them.
 NATIVE = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
 RAW = {
     str(kind).removeprefix("torch."): kind
     for kind in (
-        torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.complex64, torch.complex128,
+        torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128,
         torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
     )
 }  # fmt: skip
@@ -43,11 +44,12 @@ RAW = {
 def pack(state: dict[Any, Any], where: str = "") -> tuple[dict[str, Tensor], Json]:
     """Split ``state`` into CPU tensors by name and a JSON skeleton.
 
-    Kept exactly: tensors of any size, type and dense stride order (so channels_last survives; a strided slice comes
-    back contiguous), tensors shared between two places (shared again after `unpack`; tensors that merely overlap
-    come back apart), ints of any size, floats including nan and infinities, bools, None, str, bytes, list, tuple,
-    dict and OrderedDict with str and int keys in their order. NumPy arrays and scalars come back as tensors,
-    `torch.Size` as a tuple. The tensors may share memory with ``state``: write them before it changes.
+    Kept exactly: tensors of any size, type and dense stride order (so channels_last survives; a strided slice
+    comes back contiguous), tensors shared between two places (shared again after `unpack`; tensors that
+    merely overlap come back apart), ints of any size, floats including nan and infinities, bools, None, str,
+    bytes, list, tuple, dict and OrderedDict with str and int keys in their order. NumPy arrays and scalars
+    come back as tensors, `torch.Size` as a tuple. The tensors may share memory with ``state``: write them
+    before it changes.
 
     Raises CheckpointError, with the place in the tree, for anything else. ``where`` starts that place.
     """
@@ -105,8 +107,8 @@ class _Packer:
             return self.mapping(value, path)
         raise self.refuse(
             path,
-            f"a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold. Allowed are tensors, NumPy "
-            "arrays, int, float, bool, str, bytes, None, and lists, tuples and dicts of these",
+            f"a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold. Allowed are tensors, "
+            "NumPy arrays, int, float, bool, str, bytes, None, and lists, tuples and dicts of these",
         )
 
     def items(self, values: Iterable[object], path: tuple[str, ...]) -> list[Json]:
@@ -126,8 +128,10 @@ class _Packer:
     def array(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[str, ...]) -> Json:
         kind = value.dtype
         try:
+            if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
+                raise TypeError(f"{type(value).__name__} is more than a plain array")
             if kind.hasobject or kind.fields is not None:
-                raise TypeError("holds Python objects or records")
+                raise TypeError("it holds Python objects or records")
             array = np.array(
                 value, dtype=kind.newbyteorder("="), order="C"
             )  # a copy: may be read-only or reversed
@@ -155,8 +159,8 @@ class _Packer:
         ):
             raise self.refuse(
                 path,
-                f"a {type(value).__name__} of layout {value.layout} on {value.device}; only plain dense tensors with "
-                "values can be saved",
+                f"a {type(value).__name__} of layout {value.layout} on {value.device}; only plain dense "
+                "tensors with values can be saved",
             )
         if value.dtype not in NATIVE and value.dtype not in RAW.values():
             raise self.refuse(path, f"a tensor of type {value.dtype}, which a checkpoint cannot hold")
@@ -178,7 +182,10 @@ class _Packer:
         data = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         if value.dtype not in NATIVE:
             node["dtype"], node["shape"] = str(value.dtype).removeprefix("torch."), list(shape)
-            data = data.reshape(-1).view(torch.uint8)
+            flat = torch.empty(
+                data.numel(), dtype=data.dtype
+            )  # reshape may keep a stride of 0, which has no bytes
+            data = flat.copy_(data.reshape(-1)).view(torch.uint8)
         if value.numel() and stride != _row_major(shape) and _dense(shape, stride):
             node["stride"] = list(stride)
         # safetensors refuses tensors that share memory; the second view of a storage is written from a copy.

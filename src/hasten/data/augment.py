@@ -1,7 +1,8 @@
 """Augmentation of whole batches at once, each draw keyed by (seed, epoch, sample).
 
-What a sample becomes never depends on which batch it is in, so a resumed run sees what the uninterrupted one saw.
-Crops and flips only say where each output pixel comes from, so any number of them costs one gather of uint8 pixels.
+What a sample becomes never depends on which batch it is in, so a resumed run sees what the uninterrupted one
+saw. Crops and flips only say where each output pixel comes from, so any number of them costs one gather of
+uint8 pixels.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from hasten import keyed
 from hasten.errors import SettingsError
 
 Index = NDArray[np.int64]
-# A batch transform: (pixels (B, H, W, C), sample numbers (B,), epoch, seed) -> pixels of the same shape and dtype.
+# A batch transform: (pixels (B, H, W, C), sample numbers (B,), epoch, seed) -> pixels of the same shape and
+# dtype.
 Transform = Callable[[Tensor, Index, int, int], Tensor]
 
 
 class Geometric:
     """A transform that moves pixels by whole rows and columns.
 
-    ``move`` maps the source row (B, H) and source column (B, W) of each output pixel; -1 stands for outside (black).
+    ``move`` maps the source row (B, H) and source column (B, W) of each output pixel; -1 stands for outside
+    (black).
     """
 
     def move(self, rows: Index, cols: Index, index: Index, epoch: int, seed: int) -> tuple[Index, Index]:
@@ -35,7 +38,7 @@ class Geometric:
 
     def __call__(self, x: Tensor, index: Index, epoch: int, seed: int) -> Tensor:
         """Return the moved batch (B, H, W, C) of ``x``, of the same dtype and device."""
-        return gather(x, np.arange(len(x)), *moved([self], index, epoch, seed, x.shape[1], x.shape[2]))
+        return gather(x, np.arange(len(x)), *moved([self], (x.shape[1], x.shape[2]), index, epoch, seed))
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class AlternatingFlip(Geometric):
 class Cutout:
     """Set a square of ``size`` pixels to zero, its centre anywhere in the image (DeVries and Taylor 2017).
 
-    The square is cut at the border. In a Loader this runs on normalised pixels, where zero is the mean colour.
+    The square is cut at the border. In a Loader this runs on normalised pixels, where zero is the mean
+    colour.
     """
 
     size: int = 8
@@ -113,7 +117,9 @@ class Cutout:
     def __call__(self, x: Tensor, index: Index, epoch: int, seed: int) -> Tensor:
         """Return ``x`` (B, H, W, C) with one square a sample set to zero."""
         size = np.array(x.shape[1:3])
-        first = np.floor(keyed.uniform(index, 2, seed, epoch, "cutout") * size).astype(np.int64) - self.size // 2
+        first = (
+            np.floor(keyed.uniform(index, 2, seed, epoch, "cutout") * size).astype(np.int64) - self.size // 2
+        )
         inside = [
             (np.arange(n) >= start[:, None]) & (np.arange(n) < start[:, None] + self.size)
             for n, start in zip(size, first.T, strict=True)
@@ -123,11 +129,10 @@ class Cutout:
 
 
 def moved(
-    steps: Sequence[Geometric], index: Index, epoch: int, seed: int, height: int, width: int
+    steps: Sequence[Geometric], size: tuple[int, int], index: Index, epoch: int, seed: int
 ) -> tuple[Index, Index]:
-    """Return source rows (B, H) and columns (B, W) after all ``steps``, applied in their order."""
-    rows = np.broadcast_to(np.arange(height), (len(index), height))
-    cols = np.broadcast_to(np.arange(width), (len(index), width))
+    """Return source rows (B, H) and columns (B, W) of images of ``size`` (H, W) after all steps in order."""
+    rows, cols = (np.broadcast_to(np.arange(length), (len(index), length)) for length in size)
     for step in steps:
         rows, cols = step.move(rows, cols, index, epoch, seed)
     return rows, cols

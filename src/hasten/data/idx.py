@@ -19,6 +19,8 @@ CLOTHES = (
 )  # fmt: skip
 # No file of the format comes near this; a header that asks for more is damaged or hostile.
 LIMIT = 1 << 32
+# What reading a damaged or truncated (gzipped) file raises.
+DAMAGE = (EOFError, OSError, zlib.error)
 
 
 def open_maybe_gz(path: Path) -> IO[bytes]:
@@ -37,7 +39,7 @@ def read_exactly(file: IO[bytes], size: int, limit: int = LIMIT) -> bytearray:
         while len(data) < size and (part := file.read(min(1 << 22, size - len(data)))):
             data += part
         more = len(file.read(1))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise DataError(f"the file is truncated or its compression is damaged ({error}).") from error
     if len(data) < size:
         raise DataError(f"the file is truncated: {len(data):,} of {size:,} bytes after the header.")
@@ -47,7 +49,9 @@ def read_exactly(file: IO[bytes], size: int, limit: int = LIMIT) -> bytearray:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Return the array of one IDX file of unsigned bytes. Raises DataError, naming the file, where it is damaged."""
+    """Return the array of one IDX file of unsigned bytes. Raises DataError, naming the file, where it is
+    damaged.
+    """
     with blame(path), open_maybe_gz(path) as file:
         try:
             magic = file.read(4)
@@ -58,7 +62,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             if not 1 <= magic[3] <= 4:
                 raise DataError(f"an IDX file of {magic[3]} dimensions is not read; 1 to 4 are.")
             sizes = file.read(4 * magic[3])
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise DataError(f"the file is truncated or its compression is damaged ({error}).") from error
         if len(sizes) < 4 * magic[3]:
             raise DataError("the file is truncated in its header.")

@@ -20,8 +20,9 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 class Images:
     """Labelled images, checked once, here.
 
-    pixels: uint8, (N, H, W, C). labels: int64, (N,), each a position in ``classes``. classes: the class names.
-    stats: optional (mean, std) of each channel over [0, 1] pixels; taken from the pixels where not given.
+    pixels: uint8, (N, H, W, C). labels: int64, (N,), each a position in ``classes``. classes: the class
+    names. stats: optional (mean, std) of each channel over [0, 1] pixels; taken from the pixels where not
+    given.
 
     Raises DataError, listing every problem, where these do not fit together.
     """
@@ -39,7 +40,9 @@ class Images:
         if self.stats is not None and pixels.ndim == 4:
             mean, std = self.stats
             if not len(mean) == len(std) == pixels.shape[3]:
-                problems.append(f"stats need one mean and std for each of {pixels.shape[3]} channels, got {self.stats}")
+                problems.append(
+                    f"stats need one mean and std for each of {pixels.shape[3]} channels, got {self.stats}"
+                )
             elif not all(np.isfinite([*mean, *std])) or min(std) <= 0:
                 problems.append(f"stats must be finite with std > 0, got {self.stats}")
         if problems:
@@ -73,8 +76,9 @@ class Images:
         # A histogram of the 256 values makes both moments exact, whatever the number of images.
         counts = np.zeros((self.shape[2], 256), np.int64)
         for first in range(0, len(self), 1024):
-            for channel, row in enumerate(counts):
-                row += np.bincount(self.pixels[first : first + 1024, :, :, channel].ravel(), minlength=256)
+            for channel in range(self.shape[2]):
+                values = self.pixels[first : first + 1024, :, :, channel].ravel()
+                counts[channel] += np.bincount(values, minlength=256)
         value = np.arange(256) / 255
         share = counts / counts.sum(1, keepdims=True)
         mean = share @ value
@@ -87,21 +91,28 @@ class Images:
         if not np.issubdtype(index.dtype, np.integer):
             raise DataError(f"image numbers must be integers, got {index.dtype}.")
         if index.size and (index.min() < 0 or index.max() >= len(self)):
-            raise DataError(f"image numbers must lie in 0..{len(self) - 1}, got {index.min()}..{index.max()}.")
+            raise DataError(
+                f"image numbers must lie in 0..{len(self) - 1}, got {index.min()}..{index.max()}."
+            )
         return replace(self, pixels=self.pixels[index], labels=self.labels[index])
 
     def stratified(self, n: int, seed: int = 0) -> Images:
         """Return ``n`` images with equal class shares (they differ by at most one), in their present order.
 
-        The choice is keyed by (seed, image number), and a smaller choice is part of a larger one with the same seed.
+        The choice is keyed by (seed, image number), and a smaller choice is part of a larger one with the
+        same seed.
         """
         classes = len(self.classes)
         if not classes <= n <= len(self):
-            raise DataError(f"a stratified choice needs {classes} (one a class) to {len(self)} images, got {n}.")
-        return self.take(np.sort(np.concatenate(self._by_class(np.full(classes, n // classes), n % classes, seed))))
+            raise DataError(
+                f"a stratified choice needs {classes} (one a class) to {len(self)} images, got {n}."
+            )
+        return self.take(
+            np.sort(np.concatenate(self._by_class(np.full(classes, n // classes), n % classes, seed)))
+        )
 
     def _by_class(self, counts: NDArray[np.int64], extra: int, seed: int) -> list[NDArray[np.int64]]:
-        """Pick counts[c] images of each class c, one more for the first ``extra`` classes of a keyed order."""
+        """Pick counts[c] images of each class c, one more for the first ``extra`` of a keyed order."""
         draw = keyed.uniform(np.arange(len(self)), 1, seed, "stratified")[:, 0]
         counts = counts.copy()
         counts[keyed.permutation(len(counts), seed, "stratified classes")[:extra]] += 1
@@ -110,7 +121,7 @@ class Images:
             members = np.flatnonzero(self.labels == label)
             if count > len(members):
                 raise DataError(
-                    f"class {self.classes[label]!r} has {len(members)} images, but {count} are needed for equal shares."
+                    f"class {self.classes[label]!r} has {len(members)} images, but equal shares need {count}."
                 )
             chosen.append(members[np.argsort(draw[members], kind="stable")[:count]])
         return chosen
@@ -120,8 +131,9 @@ class Images:
 class DataSet:
     """A data set: its training and test images, which share classes and image shape.
 
-    flip_ok says whether a horizontal flip keeps the label (not so for digits). The test images are normalised by the
-    mean and std of the training images. Raises DataError where the two do not fit or training has one class only.
+    flip_ok says whether a horizontal flip keeps the label (not so for digits). The test images are normalised
+    by the mean and std of the training images. Raises DataError where the two do not fit or training has one
+    class only.
     """
 
     name: str
@@ -134,10 +146,14 @@ class DataSet:
         if self.train.classes != self.test.classes:
             problems.append(f"train and test differ in classes: {self.train.classes} and {self.test.classes}")
         if self.train.shape != self.test.shape:
-            problems.append(f"train images are {self.train.shape}, test images {self.test.shape}; they must be alike")
+            problems.append(
+                f"train images are {self.train.shape}, test images {self.test.shape}; they must be alike"
+            )
         if len(np.unique(self.train.labels)) < 2:
             only = self.train.classes[int(self.train.labels[0])]
-            problems.append(f"all training images are of one class, {only!r}; at least two classes are needed")
+            problems.append(
+                f"all training images are of one class, {only!r}; at least two classes are needed"
+            )
         if problems:
             raise DataError(f"data set {self.name!r}: " + "; ".join(problems) + ".")
         std = tuple(max(value, 1 / 255) for value in self.train.std)
@@ -157,7 +173,8 @@ class DataSet:
         )
 
     def split_validation(self, fraction: float = 0.1, seed: int = 0) -> DataSet:
-        """Return a set for tuning: a share of the training images becomes its test images; the true test is gone.
+        """Return a set for tuning: a share of the training images becomes its test images; the true test is
+        gone.
 
         Each class gives the same fraction (rounded, at least one image). The name says that it is a split.
         """
@@ -167,7 +184,9 @@ class DataSet:
         if sizes[sizes > 0].min() < 2:
             small = self.classes[int(np.argmin(np.where(sizes > 0, sizes, sizes.max())))]
             raise DataError(f"class {small!r} has one training image, so it cannot be in both parts.")
-        counts = np.clip(np.rint(sizes * fraction).astype(np.int64), np.minimum(sizes, 1), np.maximum(sizes - 1, 0))
+        counts = np.clip(
+            np.rint(sizes * fraction).astype(np.int64), np.minimum(sizes, 1), np.maximum(sizes - 1, 0)
+        )
         held = np.sort(np.concatenate(self.train._by_class(counts, 0, seed)))
         rest = np.setdiff1d(np.arange(len(self.train)), held)
         return DataSet(f"{self.name}:validation", self.train.take(rest), self.train.take(held), self.flip_ok)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import keyed
@@ -18,25 +19,26 @@ from hasten.errors import DataError, SettingsError
 class Batch(NamedTuple):
     """One batch, all of it on the loader's device.
 
-    inputs: (B, C, H, W) of the loader's dtype, in channels_last memory. targets: int64 (B,). index: int64 (B,), the
-    samples' numbers in the Images.
+    inputs: (B, C, H, W) of the loader's dtype, in channels_last memory. targets: int64 (B,). index: int64
+    (B,), the samples' numbers in the Images.
     """
 
     inputs: Tensor
     targets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # The field's name for it; hides tuple.index.
 
 
 class Loader:
     """Cuts Images into batches; epoch e of seed s is the same on every run and machine.
 
-    The order is a permutation keyed by (seed, epoch), so ``epoch(e, start=k)`` begins at step k without replaying the
-    k steps before it. ``augment`` holds transforms: those that move pixels (Crop, Flip, AlternatingFlip) come first and
-    cost one gather together; all others (Cutout, your own) get the normalised (B, H, W, C) batch. With ``normalise``
-    each channel has mean 0 and std 1 over the images, otherwise pixels lie in [0, 1].
+    The order is a permutation keyed by (seed, epoch), so ``epoch(e, start=k)`` begins at step k without
+    replaying the k steps before it. ``augment`` holds transforms: those that move pixels (Crop, Flip,
+    AlternatingFlip) come first and cost one gather together; all others (Cutout, your own) get the normalised
+    (B, H, W, C) batch. With ``normalise`` each channel has mean 0 and std 1 over the images, otherwise pixels
+    lie in [0, 1].
 
-    The uint8 images are kept on ``device``. Raises DataError for a batch larger than the data (with drop_last) and
-    SettingsError for settings out of range.
+    The uint8 images are kept on ``device``. Raises DataError for a batch larger than the data (with
+    drop_last) and SettingsError for settings out of range.
     """
 
     def __init__(
@@ -58,7 +60,8 @@ class Loader:
             raise SettingsError(f"dtype must be a floating-point type, got {dtype}.")
         if drop_last and batch_size > len(images):
             raise DataError(
-                f"batch_size {batch_size} is larger than the data ({len(images)} images): take {len(images)} or fewer."
+                f"batch_size {batch_size} is larger than the data ({len(images)} images): "
+                f"take {len(images)} or fewer."
             )
         self.geometric = [step for step in augment if isinstance(step, Geometric)]
         self.other = [step for step in augment if not isinstance(step, Geometric)]
@@ -84,7 +87,7 @@ class Loader:
         whole, rest = divmod(len(self.images), self.batch_size)
         return whole if self.drop_last or rest == 0 else whole + 1
 
-    def order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample numbers of an epoch in their order, int64 (N,)."""
         n = len(self.images)
         return keyed.permutation(n, self.seed, epoch, "order") if self.shuffle else np.arange(n)
@@ -102,12 +105,14 @@ class Loader:
         for step in range(start, len(self)):
             yield self.batch(order[step * self.batch_size : (step + 1) * self.batch_size], epoch)
 
-    def batch(self, index: np.ndarray[tuple[int], np.dtype[np.int64]], epoch: int) -> Batch:
+    def batch(self, index: NDArray[np.int64], epoch: int) -> Batch:
         """Return the batch of the samples ``index`` (int64, (B,)) as they look in ``epoch``."""
         height, width, _ = self.images.shape
         where = torch.from_numpy(np.ascontiguousarray(index)).to(self.device)
         if self.geometric:
-            pixels = gather(self._pixels, index, *moved(self.geometric, index, epoch, self.seed, height, width))
+            pixels = gather(
+                self._pixels, index, *moved(self.geometric, (height, width), index, epoch, self.seed)
+            )
         else:
             pixels = self._pixels.index_select(0, where)
         x = pixels.to(torch.float32).mul_(self._scale).add_(self._shift)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hasten.models.geometry import Geometry, he_init
+from hasten.models.geometry import Geometry, Mode, he_init
 
 VGG_WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
     16: ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
@@ -16,7 +16,7 @@ VGG_WIDTHS: dict[int, tuple[tuple[int, ...], ...]] = {
 class Chain(nn.Module):
     """A network without branches: features, average pool, flatten, classifier."""
 
-    def __init__(self, features: nn.Sequential, pool: int, classifier: nn.Sequential, mode: str) -> None:
+    def __init__(self, features: nn.Sequential, pool: int, classifier: nn.Sequential, mode: Mode) -> None:
         super().__init__()
         self.features = features
         self.avgpool = nn.AdaptiveAvgPool2d(pool)
@@ -37,9 +37,10 @@ def _conv_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int
 
 
 def alexnet(g: Geometry) -> nn.Module:
-    """Return AlexNet: torchvision's layout from 64 pixels on, below that the CIFAR form with one linear layer.
+    """Return AlexNet: torchvision's layout from 64 pixels on, below that a CIFAR form with one linear layer.
 
-    The CIFAR form keeps the 11x11 stride-4 stem and the widths, and pools by 2 (bearpaw/pytorch-classification).
+    The CIFAR form keeps the 11x11 stride-4 stem and the widths, and pools by 2
+    (bearpaw/pytorch-classification).
     """
     kernel, stem_pad = (2, 5) if g.small else (3, 2)
     features = nn.Sequential(
@@ -67,7 +68,7 @@ def alexnet(g: Geometry) -> nn.Module:
 
 
 def vgg(depth: int, g: Geometry) -> nn.Module:
-    """Return VGG-16 or VGG-19 with batch norm: below 64 pixels one linear layer, else the three of ImageNet."""
+    """Return VGG-16 or VGG-19 with batch norm: one linear layer below 64 pixels, else ImageNet's three."""
     layers: list[nn.Module] = []
     c_in = g.in_channels
     for stage in VGG_WIDTHS[depth]:

@@ -1,10 +1,12 @@
-"""What a network is built for (classes, channels, image size) and the initialisation the plain networks share."""
+"""What a network is built for (classes, channels, image size), and the shared initialisation."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
+
+Mode = Literal["fan_in", "fan_out"]
 
 
 class Geometry(NamedTuple):
@@ -20,12 +22,13 @@ class Geometry(NamedTuple):
         return self.image_size < 64
 
 
-def he_init(model: nn.Module, head: nn.Linear, mode: str = "fan_out") -> None:
+def he_init(model: nn.Module, head: nn.Linear, mode: Mode = "fan_out") -> None:
     """Give conv and hidden linear weights He's normal initialisation, in place.
 
-    ``mode`` is "fan_out" for networks with batch norm (torchvision's choice) and "fan_in" for those without, where the
-    forward variance matters. ``head``, the layer that makes the logits, keeps PyTorch's smaller default, so that the
-    first loss is close to log(num_classes). Biases start at zero. Source: He et al. 2015, eq. 10.
+    ``mode`` is "fan_out" for networks with batch norm (torchvision's choice) and "fan_in" for those without,
+    where the forward variance matters. ``head``, the layer that makes the logits, keeps PyTorch's smaller
+    default, so that the first loss is close to log(num_classes). Biases start at zero. Source: He et al.
+    2015, eq. 10.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and module is not head:

@@ -34,8 +34,8 @@ class LeNet(nn.Module):
 class CifarNet(nn.Module):
     """TF-slim's CifarNet (two 5x5 convs of 64, then 384-192), the one of Adaptive Deep Reuse.
 
-    TensorFlow's response normalisation has radius 4, so 9 channels, and alpha 0.001/9 on the sum; PyTorch divides by
-    the size itself, hence alpha 0.001.
+    TensorFlow's response normalisation has radius 4, so 9 channels, and alpha 0.001/9 on the sum; PyTorch
+    divides by the size itself, hence alpha 0.001.
     """
 
     def __init__(self, g: Geometry) -> None:

@@ -1,4 +1,4 @@
-"""MobileNet-v1 (Howard et al. 2017): depthwise 3x3 and pointwise 1x1 pairs, timm's names (`mobilenetv1_100`)."""
+"""MobileNet-v1 (Howard et al. 2017): depthwise and pointwise pairs, timm's names (`mobilenetv1_100`)."""
 
 from __future__ import annotations
 

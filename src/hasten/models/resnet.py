@@ -1,4 +1,4 @@
-"""Residual networks: He's CIFAR family (8 to 110 layers) and the ImageNet ones (18, 34, 50), torchvision's names."""
+"""Residual networks: He's CIFAR family (8 to 110 layers) and 18, 34, 50; torchvision's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hasten.models.geometry import Geometry, conv1x1, conv3x3, he_init
 class PadShortcut(nn.Module):
     """The parameter-free shortcut (option A): every ``stride``-th pixel, zero channels added on both sides.
 
-    The added channels are ``before`` and ``after``: surgery on the widths changes these two numbers and nothing else.
+    The added channels are ``before`` and ``after``: surgery on the widths changes these two numbers and
+    nothing else.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:

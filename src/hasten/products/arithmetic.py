@@ -34,10 +34,14 @@ class Geometry(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward kernel may ask about the forward: the shapes of its operands, and what its output kernel kept."""
+    """What a backward kernel may ask about the forward: operand layouts and what its output kernel kept.
 
-    x_shape: torch.Size
-    w_shape: torch.Size
+    x_like and w_like have the shape, dtype and strides of the operands (w_like: of the computed rows of w).
+    Their values are undefined.
+    """
+
+    x_like: Tensor
+    w_like: Tensor
     extras: tuple[Tensor, ...] = ()
 
 
@@ -52,7 +56,7 @@ def output(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Ten
 def gradients(
     grad_output: Tensor, x: Tensor, w: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (grad_input, grad_weight, grad_bias), each only where ``wanted``, by the ops PyTorch's autograd calls."""
+    """Return (grad_input, grad_weight, grad_bias), each only if ``wanted``, by the ops autograd calls."""
     if geometry.conv:
         _, stride, padding, dilation, groups = geometry
         gi, gw, gb = torch.ops.aten.convolution_backward(
@@ -68,29 +72,21 @@ def gradients(
 
 
 def grad_input(grad_output: Tensor, w: Tensor, geometry: Geometry, saved: Saved) -> Tensor:
-    """Return the gradient of x, of shape ``saved.x_shape``. x itself is not needed."""
-    result, _, _ = gradients(grad_output, stand_in(grad_output, saved.x_shape), w, geometry, (True, False, False))
+    """Return the gradient of x, like ``saved.x_like``."""
+    result, _, _ = gradients(grad_output, saved.x_like, w, geometry, (True, False, False))
     assert result is not None
     return result
 
 
 def grad_weight(grad_output: Tensor, x: Tensor, geometry: Geometry, saved: Saved) -> Tensor:
-    """Return the gradient of w, of shape ``saved.w_shape``. w itself is not needed."""
-    _, result, _ = gradients(grad_output, x, stand_in(x, saved.w_shape), geometry, (False, True, False))
+    """Return the gradient of w, like ``saved.w_like``."""
+    _, result, _ = gradients(grad_output, x, saved.w_like, geometry, (False, True, False))
     assert result is not None
     return result
 
 
 def grad_bias(grad_output: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient of the bias (O,): the sum of grad_output over everything but its channels."""
-    return grad_output.sum((0, 2, 3)) if geometry.conv else grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-
-
-def stand_in(like: Tensor, shape: torch.Size) -> Tensor:
-    """Return uninitialised memory of ``shape``, where an op wants an operand only for its shape and layout.
-
-    The pages are never touched, so on a CPU it costs no memory traffic.
-    """
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return (
+        grad_output.sum((0, 2, 3)) if geometry.conv else grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+    )

@@ -1,15 +1,16 @@
 """Copy some channels of a tensor out, or back into zeros, at the speed of memory.
 
-Selecting channels pays only if the copy is much cheaper than the product it shrinks. Under channels_last, the layout
-in which convolutions are fast on a CPU, the channels are the innermost dimension; ``index_select`` on it moves one
-element at a time and costs about as much as the convolution. Read as rows of wider words, the same copy by ``gather``
-runs near memory speed::
+Selecting channels pays only if the copy is much cheaper than the product it shrinks. Under channels_last,
+the layout in which convolutions are fast on a CPU, the channels are the innermost dimension;
+``index_select`` on it moves one element at a time and costs about as much as the convolution. Read as rows
+of wider words, the same copy by ``gather`` runs near memory speed::
 
     bf16, block of 4 channels        c0 c1 c2 c3 | c4 c5 c6 c7 | ...
     seen as one int64 word each      [   w0     ]  [   w1     ]
 
-So a selection made of whole aligned blocks (4 channels of bf16 fill a word) is several times cheaper to copy than one
-of scattered channels. In a contiguous (NCHW) tensor a channel is a whole plane and ``index_select`` is the right tool.
+So a selection made of whole aligned blocks (4 channels of bf16 fill a word) is several times cheaper to
+copy than one of scattered channels. In a contiguous (NCHW) tensor a channel is a whole plane and
+``index_select`` is the right tool.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def take(x: Tensor, dim: int, index: Tensor, block: int = 1) -> Tensor:
     """Return the slices ``index`` of ``x`` along ``dim``, in the memory format of ``x``.
 
     ``block`` promises that ``index`` consists of whole aligned blocks: for every multiple ``i`` of ``block``,
-    ``index[i:i+block]`` counts up by one from a multiple of ``block``. It changes the speed, never the values.
+    ``index[i:i+block]`` counts up by one from a multiple of ``block``. It changes the speed, not the values.
     """
     if not _innermost(x, dim):
         return x.index_select(dim, index)
@@ -35,10 +36,12 @@ def take(x: Tensor, dim: int, index: Tensor, block: int = 1) -> Tensor:
     return _unrows(picked.view(x.dtype), x.shape, dim)
 
 
-def put(values: Tensor, dim: int, index: Tensor, size: int, block: int = 1, repeats: bool = False) -> Tensor:
-    """Return zeros with ``size`` slices along ``dim`` into which ``values`` went at ``index``: the transpose of `take`.
+def put(
+    values: Tensor, dim: int, index: Tensor, size: int, *, block: int = 1, repeats: bool = False
+) -> Tensor:
+    """Return zeros with ``size`` slices along ``dim`` into which ``values`` went at ``index``.
 
-    With ``repeats`` an index may occur several times, and its slices are added up.
+    The transpose of `take`. With ``repeats`` an index may occur several times, and its slices are added up.
     """
     if repeats or not _innermost(values, dim):
         shape = [*values.shape]
@@ -63,15 +66,19 @@ def _last(x: Tensor, dim: int) -> bool:
 
 
 def _innermost(x: Tensor, dim: int) -> bool:
-    """Whether ``dim`` is the innermost one of a dense tensor on a CPU, where rows of words are the fastest copy."""
+    """Whether ``dim`` is innermost in a dense CPU tensor, where rows of words are the fastest copy."""
     if x.device.type != "cpu" or x.dim() < 2 or x.element_size() not in _WORDS or x.numel() == 0:
         return False
     return x.is_contiguous() if _last(x, dim) else dim == 1 and _channels_last(x)
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """View (N, C, H, W) in channels_last with ``dim`` 1, or (..., C) with the last ``dim``, as (rows, C)."""
-    return x.view(-1, x.shape[-1]) if _last(x, dim) else x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+    """View (N, C, H, W) in channels_last with ``dim`` 1, or (..., C) with the last ``dim``, as (rows, C).
+
+    It copies only in a compiled graph whose tensors are laid out otherwise than when it was traced.
+    """
+    rows = x.reshape(-1, x.shape[-1]) if _last(x, dim) else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return rows.contiguous()
 
 
 def _unrows(rows: Tensor, like: torch.Size, dim: int) -> Tensor:
@@ -86,7 +93,7 @@ def _word_index(index: Tensor, lane: int) -> Tensor:
 
 
 def _lane(rows: Tensor, size: int, block: int) -> int:
-    """Return how many channels may travel as one word of at most 8 bytes; ``size`` is the unselected width."""
+    """Return how many channels go into a word of at most 8 bytes; ``size`` is the width unselected."""
     lane = 1
     while (
         lane * 2 * rows.element_size() <= 8

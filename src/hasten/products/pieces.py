@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from hasten.products.arithmetic import Geometry, Saved
 class Transform(Protocol):
     """Replaces a tensor by another of the same shape: rounding, pruning.
 
-    On "x", "w" and "output" its gradient is passed through unchanged, unless ``differentiable`` is true: then autograd
-    runs through it. It must not change its argument in place.
+    On "x", "w" and "output" its gradient is passed through unchanged, unless it has a true
+    ``differentiable``: then autograd runs through it. It must not change its argument in place.
     """
 
     name: str
@@ -24,12 +25,13 @@ class Transform(Protocol):
         ...
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """Some indices of one dimension.
 
-    index: int64, sorted. scale: one factor an index, or None for ones; it multiplies x (in_channels, batch) or
-    grad_output (out_channels). block: the index consists of whole aligned blocks of this many (see `gather.take`).
-    repeats: an index may occur more than once (sampling with replacement).
+    index: int64, sorted. scale: one factor for each, or None for ones; it multiplies x (in_channels, batch)
+    or grad_output (out_channels). block: the index consists of whole aligned blocks of this many
+    (`gather.take`). repeats: an index may occur more than once (sampling with replacement).
     """
 
     index: Tensor
@@ -42,9 +44,9 @@ class Selection(NamedTuple):
 class Selector(Protocol):
     """Chooses which terms of a product, or which rows of its result, are computed. None means all of them.
 
-    in_channels: called in forward with (x, w). out_channels: in backward with (grad_output, w). batch: in backward
-    with (x, grad_output). ``static`` says that the size of the selection never changes, so that torch.compile can
-    trace it without graph breaks.
+    in_channels: called in forward with (x, w). out_channels: in backward with (grad_output, w). batch: in
+    backward with (x, grad_output). ``static`` says that the size of the selection never changes, so that
+    torch.compile can trace it without graph breaks.
     """
 
     name: str
@@ -80,7 +82,7 @@ class GradInputKernel(Protocol):
     selectable: bool
 
     def __call__(self, grad_output: Tensor, w: Tensor, geometry: Geometry, saved: Saved) -> Tensor:
-        """Return grad_input, of shape ``saved.x_shape``."""
+        """Return grad_input, like ``saved.x_like``."""
         ...
 
 
@@ -88,7 +90,8 @@ class GradInputKernel(Protocol):
 class GradWeightKernel(Protocol):
     """Computes grad_weight; the same signature as `arithmetic.grad_weight`.
 
-    Where ``needs_x`` is false, x is not kept for the backward pass and a tensor without values is passed for it.
+    Where ``needs_x`` is false, x is not kept for the backward pass and the values of the one passed are
+    undefined.
     """
 
     name: str
@@ -96,7 +99,7 @@ class GradWeightKernel(Protocol):
     needs_x: bool
 
     def __call__(self, grad_output: Tensor, x: Tensor, geometry: Geometry, saved: Saved) -> Tensor:
-        """Return grad_weight, of shape ``saved.w_shape``."""
+        """Return grad_weight, like ``saved.w_like``."""
         ...
 
 

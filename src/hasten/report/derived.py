@@ -1,4 +1,4 @@
-"""Numbers the page shows that follow from the runs: mean times with intervals, parts of a run, median curves."""
+"""Numbers that follow from the runs: mean times with intervals, parts of a run, median curves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hasten.report.schema import SPANS, Arm, ReportData, Run, headline_seconds
 PARTS = (*SPANS, "other")
 """The parts of a bar in "where the time went", in drawing order; they sum to the wall time of the run."""
 
-DRAWN_POINTS = 6000
-"""Evaluations drawn at most, over all runs, so that the page stays small; the medians are of the drawn ones."""
+DRAWN_POINTS = 2400
+"""Evaluations drawn at most, over all runs, so that the page stays small; medians are of the drawn ones."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def finished(arm: Arm) -> list[Run]:
 
 
 def mean_time(arm: Arm) -> Estimate | None:
-    """Return the mean headline time of the finished runs in seconds (t interval on the log); None without any."""
+    """Return the mean headline time of the finished runs in seconds, with a t interval on its logarithm."""
     values = [headline_seconds(run) for run in finished(arm)]
     if not values:
         return None
@@ -49,7 +49,7 @@ def mean_time(arm: Arm) -> Estimate | None:
 def parts(run: Run) -> dict[str, float]:
     """Return the seconds of each part of one run, in the order of ``PARTS``.
 
-    Their sum is the wall time of the run, ``seconds["total"]``: "other" takes unknown names and what no part claims.
+    Their sum is the wall time of the run, ``seconds["total"]``: "other" takes unknown names and the rest.
     Where the named parts alone exceed the total, see ``excess``, other is 0.
     """
     known = {name: run["spans"].get(name, 0.0) for name in SPANS}
@@ -65,6 +65,14 @@ def mean_parts(arm: Arm) -> dict[str, float]:
     """Return the mean seconds of each part over the finished runs; empty without any."""
     runs = [parts(run) for run in finished(arm)]
     return {name: fmean(run[name] for run in runs) for name in PARTS} if runs else {}
+
+
+def only_trains_less(arm: Arm) -> bool:
+    """Return whether an arm is not shown to beat the baseline trained for less, down to its own accuracy."""
+    curve = arm["vs_curve"]
+    if curve is None or curve["ratio"] is None:
+        return False
+    return (curve["ratio"] if curve["lo"] is None else curve["lo"]) <= 1.0
 
 
 def average(arm: Arm, key: str) -> float | None:

@@ -47,7 +47,7 @@ def _masked(value: Any) -> Any:
 
 
 def masked(data: ReportData) -> ReportData:
-    """Return a copy of ``data`` that can be mailed: no home folder, key, token, user or host name in any string.
+    """Return a copy of ``data`` that can be mailed: no home folder, key, token, user or host name.
 
     Environment entries and settings whose *name* speaks of a user, a host or a key lose their value.
     """

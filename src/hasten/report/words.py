@@ -7,13 +7,26 @@ import re
 from collections.abc import Mapping
 
 DASH = "–"
-# C0 and C1 controls, and the characters that hide or reorder text: zero-width, bidirectional overrides, separators.
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+def _whole(text: str) -> str:
+    """Return ``text`` with surrogates paired up, and those left alone (odd file names have them) replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def visible(text: object) -> str:
     """Return ``text`` on one line without control, zero-width or direction-changing characters."""
-    return _HIDDEN.sub("", re.sub(r"[\t\r\n]+", " ", str(text)))
+    given = str(text)
+    if given.isprintable():
+        return given
+    kept = (char if char.isprintable() else " " if char.isspace() else "" for char in _whole(given))
+    return re.sub(" {2,}", " ", "".join(kept)).strip()
+
+
+def block(text: str) -> str:
+    """Return ``text`` of several lines with each line made visible; indentation stays."""
+    indents = ((line, len(line) - len(line.lstrip(" \t"))) for line in text.splitlines())
+    return "\n".join(line[:n].expandtabs(4) + visible(line[n:]) for line, n in indents)
 
 
 def seconds(value: float | None) -> str:
@@ -59,7 +72,7 @@ def points(value: float, digits: int = 2) -> str:
 
 
 def count(value: float | None) -> str:
-    """Return a count with thin separators below a million, and with a prefix from there: 77,850; 12.3 M; 3.70 T."""
+    """Return a count with separators below a million and a prefix from there: 77,850; 12.3 M; 3.7 T."""
     if value is None:
         return DASH
     if abs(value) < 1e6:

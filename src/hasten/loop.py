@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,17 +16,14 @@ from torch import Tensor, nn
 from hasten import keyed, models
 from hasten.checkpoint import StopSignal, Store, claim_folder
 from hasten.data import DataSet, Images, Loader, load
-from hasten.errors import DataError, NonFiniteError
 from hasten.logs import Logs
 from hasten.loss import cross_entropy
-from hasten.measure.clock import Clock
-from hasten.method import Effect, Method
+from hasten.measure.clock import Clock, device_sync
+from hasten.contract import Effect, Method
 from hasten.optim.ema import EMA
 from hasten.progress import Progress, silent
 from hasten.recipe import Recipe
 from hasten.session import Session
-
-Evaluator = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -101,17 +97,17 @@ class _Run:
         allow_no_effect: bool,
         device: str,
     ) -> None:
-        self.clock = Clock(device=device)
+        self.clock = Clock(sync=device_sync(device))
         with self.clock.span("setup"):
             self.data = data if isinstance(data, DataSet) else load(str(data))
             self.recipe, self.seed, self.progress, self.device = recipe, seed, progress, device
             self.messages: list[str] = []
             train = self.data.train
-            source = models.resolve(model, num_classes=len(train.classes), in_channels=train.pixels.shape[3],
-                                    image_size=train.pixels.shape[1], seed=seed)  # fmt: skip
+            source = models.resolve(model, num_classes=len(train.classes), in_channels=train.shape[2],
+                                    image_size=train.shape[0], seed=seed)  # fmt: skip
             net = source.make().to(device)
             self.loader = self._loader(train, recipe.batch_size, recipe.augmentations(self.data.flip_ok), shuffle=True)
-            self.test = self._loader(self.data.test, min(500, len(self.data.test.labels)), (), shuffle=False)
+            self.test = self._loader(self.data.test, min(500, len(self.data.test)), (), shuffle=False)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
             self.session = Session(
@@ -124,8 +120,8 @@ class _Run:
             self.step = 0
             self.identity = {
                 "model": source.recipe or {"object": source.label}, "data": self.data.name, "seed": seed,
-                "samples": len(train.labels), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
-                "methods": [repr(m) for m in self.session.methods],
+                "samples": len(train), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
+                "methods": [{"name": m.spec.name, "settings": jsonable(m.settings())} for m in self.session.methods],
             }  # fmt: skip
             self.store, folder = None, None
             if out is not None:
@@ -140,7 +136,7 @@ class _Run:
 
     def _loader(self, images: Images, batch: int, augment: Sequence[Any], *, shuffle: bool) -> Loader:
         return Loader(images, batch, seed=self.seed, augment=tuple(augment), shuffle=shuffle, drop_last=shuffle,
-                      stats=self.data.train, device=self.device)  # fmt: skip
+                      device=self.device)  # fmt: skip
 
     # -- resume
     def restore(self) -> None:
@@ -264,6 +260,11 @@ class _Run:
             effects=self.session.effects, steps=self.step, stopped=int(stop.requested or 0) if stop else 0,
             messages=self.messages, model=self.session.export(),
         )  # fmt: skip
+
+
+def jsonable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with tuples as lists, as JSON holds them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def counted(spans: dict[str, float]) -> float:

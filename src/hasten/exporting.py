@@ -1,0 +1,77 @@
+"""From the folder of a finished run to a file with the plain network in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten import models, registry
+from hasten.checkpoint import Store
+from hasten.errors import CheckpointError
+from hasten.optim.ema import EMA
+from hasten.recipe import Recipe
+from hasten.session import Session
+
+
+def load_run(folder: Path, *, trust_code: bool = False) -> tuple[nn.Module, Tensor]:
+    """Return the plain trained network of a run and a batch of its input shape, from the run's newest checkpoint.
+
+    The averaged weights are taken where the recipe has them. Raises CheckpointError if there is no good checkpoint, and
+    UnsupportedError if the model is code of the user's and ``trust_code`` is not given.
+    """
+    store = Store(folder / "checkpoints")
+    loaded = store.load() if (folder / "checkpoints").is_dir() else None
+    if loaded is None:
+        raise CheckpointError(f"{folder} holds no good checkpoint; give the folder of a `hasten train` run.")
+    identity = loaded.recipe
+    net = models.from_recipe(identity["model"], trust_code=trust_code).make()
+    recipe = Recipe(**identity["recipe"] | {"augment": tuple(identity["recipe"]["augment"])})
+    channels, size = identity["model"]["in_channels"], identity["model"]["image_size"]
+    sample = torch.zeros(2, channels, size, size)
+    state = loaded.parts["state"]
+    session = Session(
+        net, recipe.optimizer(net), [method_from_json(m) for m in identity["methods"]],
+        sample=(sample, torch.zeros(2, dtype=torch.int64)), seed=identity["seed"], total_samples=1, allow_no_effect=True,
+    )  # fmt: skip
+    session.load_state_dict(
+        {"model": loaded.parts["model"], "optimizers": loaded.parts["optim"]["optimizers"],
+         "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]}, "counters": state["counters"]}  # fmt: skip
+    )
+    if recipe.ema is not None:
+        ema = EMA(session.model, recipe.ema)
+        ema.load_state_dict(loaded.parts["ema"])
+        ema.copy_to(session.model)
+    return session.export(), sample
+
+
+def method_from_json(row: dict[str, Any]) -> Any:
+    """Return the method that ``loop`` stored as ``{"name": ..., "settings": {...}}``."""
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in row["settings"].items()}
+    return registry.method(row["name"], **settings)
+
+
+def export_run(folder: Path, out: Path, *, trust_code: bool = False) -> tuple[int, float | None]:
+    """Write the network of a run to ``out``: ``.safetensors`` for weights, ``.pt2`` for a torch.export program.
+
+    Returns the size in bytes and, for a program, the largest difference between its outputs and the network's.
+    """
+    from safetensors.torch import save_file
+
+    net, sample = load_run(folder, trust_code=trust_code)
+    aside = out.with_name(f".{out.name}.aside{out.suffix}")
+    error = None
+    if out.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, aside)
+    else:
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        program = torch.export.export(net, (sample,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, aside)
+        x = torch.rand(8, *sample.shape[1:], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            error = float((torch.export.load(aside).module()(x) - net(x)).abs().max())
+    os.replace(aside, out)
+    return out.stat().st_size, error

@@ -1,0 +1,1 @@
+"""Timing, memory, statistics and the rules that a published figure must keep."""
