@@ -47,7 +47,7 @@ def test_60_kills_lose_no_completed_save(tmp_path: Path) -> None:
             forker.stdin.write("go\n")
             forker.stdin.flush()
             pid = int(forker.stdout.readline())
-            # A slow machine must not be killed before it saves: first some completed saves, then a random instant.
+            # Some completed saves first, however slow the machine is, then a random instant.
             more = int(random.integers(0, 4))
             asked += more
             pause = wait_for(log, completed_saves(log) + more)

@@ -130,6 +130,13 @@ def test_packing_does_not_need_or_change_gradients() -> None:
     assert raw(found["y"]) == raw(weight * 2)
 
 
+def test_lazy_conjugates_and_negatives_are_saved_as_their_values() -> None:
+    value = torch.randn(3, 2, dtype=torch.complex128)
+    found = through_files({"a": value, "b": value.conj(), "c": value.conj().imag, "d": value.imag})
+    for name, wanted in {"a": value, "b": value.conj(), "c": -value.imag, "d": value.imag}.items():
+        assert torch.equal(found[name], wanted)
+
+
 class Thing:
     pass
 

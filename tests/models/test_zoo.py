@@ -196,6 +196,15 @@ def test_channels_last_deepcopy_and_trace_compute_the_same(name: str) -> None:
     assert list(copied.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["cifarnet", "resnet8", "densenet40", "record-small"])
+def test_compile_captures_the_whole_forward(name: str) -> None:
+    model = models.build(name, seed=1).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        captured = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(captured(images), model(images))
+
+
 def test_he_initialisation_keeps_the_signal() -> None:
     """Without batch norm, He's variance is what keeps activations of one size through the layers."""
     draw = torch.Generator().manual_seed(0)

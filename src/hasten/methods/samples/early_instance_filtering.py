@@ -30,16 +30,16 @@ def label_weights(high: Tensor, high_ratio: float) -> Tensor:
     return weights / weights.sum()
 
 
-def uncertain(logits: Tensor, preserved: Tensor, entropy: float, round_to: int) -> Tensor:
-    """Return the rows not preserved whose prediction has an entropy -sum p ln p above ``entropy``, ascending.
+def uncertain(logits: Tensor, taken: Tensor, entropy: float, round_to: int) -> Tensor:
+    """Return the rows not ``taken`` whose prediction has an entropy -sum p ln p above ``entropy``.
 
     Their count is filled up to a multiple of ``round_to`` with the next least certain, as far as there are rows.
     """
     log_p = F.log_softmax(logits, dim=1)
     doubt = -(log_p.exp() * log_p).sum(dim=1)
-    doubt[preserved] = -1.0
+    doubt[taken] = -1.0
     count = int((doubt > entropy).sum())
-    count = min(len(doubt) - len(preserved), -(-count // round_to) * round_to)
+    count = min(len(doubt) - len(taken), -(-count // round_to) * round_to)
     return doubt.topk(count).indices.sort().values
 
 
