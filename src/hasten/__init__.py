@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten.comparison import Arm, compare
     from hasten.conformance import check_method
+    from hasten.contract import Batch, Effect, Method, MethodSpec
     from hasten.errors import HastenError
     from hasten.loop import Result, fit
-    from hasten.contract import Batch, Effect, Method, MethodSpec
     from hasten.recipe import PLAIN, STRONG, Recipe
     from hasten.registry import available, method
     from hasten.session import Session

@@ -21,8 +21,8 @@ from torch.optim import SGD
 
 from hasten import keyed, registry
 from hasten.checkpoint import pack, unpack
-from hasten.errors import ConflictError, HastenError, NoEffectError, SettingsError
 from hasten.contract import Method
+from hasten.errors import ConflictError, HastenError, NoEffectError, SettingsError
 from hasten.session import Session
 from hasten.table import METHODS
 
@@ -91,7 +91,9 @@ def batches(steps: int = STEPS, epoch_steps: int = 6) -> list[tuple[Tensor, Tens
     return out
 
 
-def start(methods: Sequence[Method], model: nn.Module | None = None, *, seed: int = 3, lr: float = 0.02) -> Session:
+def start(
+    methods: Sequence[Method], model: nn.Module | None = None, *, seed: int = 3, lr: float = 0.02
+) -> Session:
     """Return a session on the suite's network."""
     model = network() if model is None else model
     x, y, _, _ = batches(1)[0]
@@ -122,12 +124,18 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Return the paths at which two states differ in any bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        return [] if same or (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()) else [path]
+        return (
+            []
+            if same or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
+            else [path]
+        )
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{path}.{k}" for k in a.keys() ^ b.keys()]
         return missing + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{path}.{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (p, q) in enumerate(zip(a, b, strict=True)) for d in differences(p, q, f"{path}[{i}]")]
+        return [
+            d for i, (p, q) in enumerate(zip(a, b, strict=True)) for d in differences(p, q, f"{path}[{i}]")
+        ]
     return [] if a == b or (a != a and b != b) else [path]
 
 
@@ -309,7 +317,9 @@ def works_under_ddp(s: Subject) -> None:
     alone = start([s.make()])
     expected = advance(alone, 6)
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{os.path.join(folder, 'store')}", rank=0, world_size=1
+        )
         try:
             session = start([s.make()], nn.parallel.DistributedDataParallel(network()))
             got = advance(session, 6)

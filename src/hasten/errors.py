@@ -42,7 +42,9 @@ class CheckpointError(HastenError):
     """A checkpoint is missing, damaged or belongs to another recipe."""
 
 
-def unknown(kind: str, given: str, allowed: Iterable[str], error: type[HastenError] = UnknownName) -> HastenError:
+def unknown(
+    kind: str, given: str, allowed: Iterable[str], error: type[HastenError] = UnknownName
+) -> HastenError:
     """Return the error for an unknown name, with the nearest known one suggested."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)

@@ -38,8 +38,12 @@ def load_run(folder: Path, *, trust_code: bool = False) -> tuple[nn.Module, Tens
         sample=(sample, torch.zeros(2, dtype=torch.int64)), seed=identity["seed"], total_samples=1, allow_no_effect=True,
     )  # fmt: skip
     session.load_state_dict(
-        {"model": loaded.parts["model"], "optimizers": loaded.parts["optim"]["optimizers"],
-         "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]}, "counters": state["counters"]}  # fmt: skip
+        {
+            "model": loaded.parts["model"],
+            "optimizers": loaded.parts["optim"]["optimizers"],
+            "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
+            "counters": state["counters"],
+        }  # fmt: skip
     )
     if recipe.ema is not None:
         ema = EMA(session.model, recipe.ema)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from hasten import keyed, models
 from hasten.checkpoint import StopSignal, Store, claim_folder
+from hasten.contract import Effect, Method
 from hasten.data import DataSet, Images, Loader, load
 from hasten.logs import Logs
 from hasten.loss import cross_entropy
 from hasten.measure.clock import Clock, device_sync
-from hasten.contract import Effect, Method
 from hasten.optim.ema import EMA
 from hasten.progress import Progress, silent
 from hasten.recipe import Recipe
@@ -106,7 +106,9 @@ class _Run:
             source = models.resolve(model, num_classes=len(train.classes), in_channels=train.shape[2],
                                     image_size=train.shape[0], seed=seed)  # fmt: skip
             net = source.make().to(device)
-            self.loader = self._loader(train, recipe.batch_size, recipe.augmentations(self.data.flip_ok), shuffle=True)
+            self.loader = self._loader(
+                train, recipe.batch_size, recipe.augmentations(self.data.flip_ok), shuffle=True
+            )
             self.test = self._loader(self.data.test, min(500, len(self.data.test)), (), shuffle=False)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
@@ -150,9 +152,12 @@ class _Run:
         self.messages += loaded.warnings
         state = loaded.parts["state"]
         self.session.load_state_dict(
-            {"model": loaded.parts["model"], "optimizers": loaded.parts["optim"]["optimizers"],
-             "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
-             "counters": state["counters"]}  # fmt: skip
+            {
+                "model": loaded.parts["model"],
+                "optimizers": loaded.parts["optim"]["optimizers"],
+                "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
+                "counters": state["counters"],
+            }  # fmt: skip
         )
         if self.ema is not None:
             self.ema.load_state_dict(loaded.parts["ema"])
@@ -184,7 +189,9 @@ class _Run:
             self.store.save(self.step, parts, self.identity)
 
     # -- the loop
-    def train(self, stop: StopSignal | None, save_every: float, on_step: Callable[[int], None] | None) -> None:
+    def train(
+        self, stop: StopSignal | None, save_every: float, on_step: Callable[[int], None] | None
+    ) -> None:
         """Run from the present step to the last, or until a signal asks to stop."""
         per_epoch, session, clock = len(self.loader), self.session, self.clock
         saved = time.monotonic()

@@ -98,7 +98,9 @@ def ordered(methods: Sequence[Method]) -> list[Method]:
                 break
         else:
             names = ", ".join(m.spec.name for m in waiting)
-            raise ConflictError(f"{names} each read what another of them writes, so no order exists; drop one of them.")
+            raise ConflictError(
+                f"{names} each read what another of them writes, so no order exists; drop one of them."
+            )
         waiting.remove(method)
         order.append(method)
     return order

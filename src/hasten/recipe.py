@@ -65,7 +65,9 @@ class Recipe:
         if self.ema is not None and not 0 < self.ema < 1:
             problems.append(f"ema (={self.ema}) must be in (0, 1) or None.")
         if self.schedule not in schedules.BY_NAME:
-            problems.append(f"schedule (={self.schedule!r}) must be one of {', '.join(sorted(schedules.BY_NAME))}.")
+            problems.append(
+                f"schedule (={self.schedule!r}) must be one of {', '.join(sorted(schedules.BY_NAME))}."
+            )
         if problems:
             raise SettingsError("recipe: " + " ".join(problems))
         for name in self.augment:

@@ -8,8 +8,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from hasten.errors import HastenError, SettingsError, unknown
 from hasten.contract import Method
+from hasten.errors import HastenError, SettingsError, unknown
 from hasten.table import METHODS
 
 GROUP = "hasten.methods"
@@ -36,7 +36,9 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise HastenError(f"method {name!r} ({known[name]}) must be a dataclass derived from hasten.Method.")
     if cls.spec.name != name:
-        raise HastenError(f"method {name!r} ({known[name]}) calls itself {cls.spec.name!r}; the two must agree.")
+        raise HastenError(
+            f"method {name!r} ({known[name]}) calls itself {cls.spec.name!r}; the two must agree."
+        )
     return cls
 
 
@@ -53,4 +55,6 @@ def method(name: str, **settings: Any) -> Method:
     try:
         return cls(**settings)
     except TypeError as error:
-        raise SettingsError(f"{name}: a setting has the wrong type ({error}); see `hasten methods {name}`.") from error
+        raise SettingsError(
+            f"{name}: a setting has the wrong type ({error}); see `hasten methods {name}`."
+        ) from error

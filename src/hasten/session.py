@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hasten import loss as losses
+from hasten.contract import Batch, Effect, Method, overrides
 from hasten.diagnose import first_non_finite, layer_shapes
 from hasten.errors import HastenError, NoEffectError, NonFiniteError, UnsupportedError
 from hasten.measure.clock import Clock
-from hasten.contract import Batch, Effect, Method, overrides
 from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
 from hasten.products import Plan, install, planned, uninstall
@@ -97,7 +97,9 @@ class Session:
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]. Raises HastenError if ``total_samples`` was not given."""
         if self.total_samples is None:
-            raise HastenError("a method follows a schedule: give Session(..., total_samples=epochs * len(training set)).")
+            raise HastenError(
+                "a method follows a schedule: give Session(..., total_samples=epochs * len(training set))."
+            )
         return min(1.0, self.counters["streamed"] / self.total_samples)
 
     # -- the step
@@ -288,7 +290,9 @@ class Session:
 
     # -- guards
     def _check_gradients(self, batch: Batch) -> None:
-        grads = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        grads = [
+            p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
+        ]
         total = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
         if not math.isfinite(total.item()):
             self._report_non_finite(batch, "gradient")
@@ -298,7 +302,11 @@ class Session:
             with self._inside():
                 where = first_non_finite(self.model, batch.inputs)
         else:
-            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = [
+                n
+                for n, p in self.model.named_parameters()
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
             where = f"the gradient of {bad[0]}" if bad else "a gradient"
         raise NonFiniteError(
             f"the {what} became NaN or infinite at step {self.counters['step']} (0-based), first seen in {where}. "

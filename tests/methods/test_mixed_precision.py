@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from hasten import keyed
-from hasten.errors import CheckpointError, NonFiniteError, SettingsError, UnsupportedError
 from hasten.contract import Effect, Method, MethodSpec
+from hasten.errors import CheckpointError, NonFiniteError, SettingsError, UnsupportedError
 from hasten.methods.forward import mixed_precision
 from hasten.methods.forward.mixed_precision import MixedPrecision, not_channels_last
 from hasten.session import Session

@@ -140,9 +140,7 @@ def start(
     model: nn.Module, method: S3Pool, *, seed: int = 0, size: int = 16, **settings: bool
 ) -> tuple[Session, Tensor, Tensor]:
     x, y = maps(6, 3, size, size), torch.arange(6) % 4
-    session = Session(
-        model, SGD(model.parameters(), lr=0.01), [method], sample=(x, y), seed=seed, **settings
-    )
+    session = Session(model, SGD(model.parameters(), lr=0.01), [method], sample=(x, y), seed=seed, **settings)
     return session, x, y
 
 
@@ -201,7 +199,9 @@ def test_the_authors_rule_averages_the_unpadded_filter_without_counting_padding(
 
 
 def test_another_size_of_images_keeps_the_share_of_the_grid() -> None:
-    session, _, _ = start(network()[:6].append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()), S3Pool(grid=0.5))
+    session, _, _ = start(
+        network()[:6].append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()), S3Pool(grid=0.5)
+    )
     for size in (16, 24, 8):
         session.step(maps(6, 3, size, size), torch.arange(6) % 4)
         assert session.model.get_submodule("2").rows.numel() == size // 2
@@ -209,7 +209,9 @@ def test_another_size_of_images_keeps_the_share_of_the_grid() -> None:
 
 def test_grids_that_do_not_fit_are_refused_with_those_that_do() -> None:
     assert valid_grids(28, 28, 2) == [2, 4, 14, 28]
-    with pytest.raises(SettingsError, match=r"2: grid 8 does not divide a map of 28x28; valid for p=2: 2, 4, 14, 28"):
+    with pytest.raises(
+        SettingsError, match=r"2: grid 8 does not divide a map of 28x28; valid for p=2: 2, 4, 14, 28"
+    ):
         start(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 4)),
               S3Pool(grid=8), size=28)  # fmt: skip
     with pytest.raises(SettingsError, match=r"3 numbers for 2 layers: 2 \(16x16\), 5 \(8x8\)"):

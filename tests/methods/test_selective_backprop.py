@@ -61,7 +61,9 @@ def images(n: int, *key: int | str) -> tuple[Tensor, Tensor]:
 def on_images(method: SelectiveBackprop | None, seed: int = 0, n: int = 16) -> Session:
     model = network()
     methods = [] if method is None else [method]
-    return Session(model, SGD(model.parameters(), lr=0.05, momentum=0.9), methods, sample=images(n, 0), seed=seed)
+    return Session(
+        model, SGD(model.parameters(), lr=0.05, momentum=0.9), methods, sample=images(n, 0), seed=seed
+    )
 
 
 def only(session: Session) -> SelectiveBackprop:
@@ -210,7 +212,9 @@ def test_stale_uses_the_old_loss_until_it_is_n_epochs_old() -> None:
 
 
 def test_reweighting_makes_the_weighted_sum_unbiased() -> None:
-    session = told(SelectiveBackprop(beta=2.0, sampling_min=0.1, prime_epochs=0, reweight=True, history=200), n=200)
+    session = told(
+        SelectiveBackprop(beta=2.0, sampling_min=0.1, prime_epochs=0, reweight=True, history=200), n=200
+    )
     method, g = only(session), torch.Generator().manual_seed(3)
     x = torch.stack([torch.rand(200, generator=g).square(), torch.rand(200, generator=g)], dim=1)
     sums = []
@@ -289,7 +293,9 @@ def test_refusals_say_what_to_do() -> None:
         Session(model, SGD(model.parameters(), 0.1), [SelectiveBackprop()], sample=images(4, 0), loss=scalar)
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
     with pytest.raises(UnsupportedError, match="score_scale"):
-        Session(fixed, SGD(fixed.parameters(), 0.1), [SelectiveBackprop(score_scale=0.5)], sample=images(4, 0))
+        Session(
+            fixed, SGD(fixed.parameters(), 0.1), [SelectiveBackprop(score_scale=0.5)], sample=images(4, 0)
+        )
 
 
 def test_without_reweighting_the_loss_weights_stay_free_for_others() -> None:

@@ -16,23 +16,54 @@ from hasten.cli.output import header, note, say
 def compare(
     context: typer.Context,
     demo: Annotated[bool, typer.Option(help="Compare on built-in images in about two minutes.")] = False,
-    model: Annotated[str, typer.Option(help="Name, file.py:factory, pkg.mod:factory, torchvision:NAME or timm:NAME.")] = "resnet8",
-    data: Annotated[str, typer.Option(help="Name of a data set, folder of class folders, or .npz file.")] = "fashion-mnist-12k",
+    model: Annotated[
+        str, typer.Option(help="Name, file.py:factory, pkg.mod:factory, torchvision:NAME or timm:NAME.")
+    ] = "resnet8",
+    data: Annotated[
+        str, typer.Option(help="Name of a data set, folder of class folders, or .npz file.")
+    ] = "fashion-mnist-12k",
     root: Annotated[str | None, typer.Option(help="Folder that holds the data set's files.")] = None,
-    train: Annotated[int | None, typer.Option(help="Stratified number of training images; all where not given.")] = None,
-    test: Annotated[int | None, typer.Option(help="Stratified number of test images; all where not given.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method to add to the strong baseline, as name or name:setting=value,...; repeatable.")] = None,
-    stack: Annotated[list[str] | None, typer.Option(help="Methods to run together, as name:a=1+name; repeatable.")] = None,
-    leave_one_out: Annotated[bool, typer.Option(help="Also run the stack of all methods less each one.")] = True,
-    plain: Annotated[list[str] | None, typer.Option(help="Change of the plain recipe, as epochs=5; repeatable.")] = None,
-    strong: Annotated[list[str] | None, typer.Option(help="Change of the strong recipe, as epochs=5; repeatable.")] = None,
+    train: Annotated[
+        int | None, typer.Option(help="Stratified number of training images; all where not given.")
+    ] = None,
+    test: Annotated[
+        int | None, typer.Option(help="Stratified number of test images; all where not given.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method to add to the strong baseline, as name or name:setting=value,...; repeatable."
+        ),
+    ] = None,
+    stack: Annotated[
+        list[str] | None, typer.Option(help="Methods to run together, as name:a=1+name; repeatable.")
+    ] = None,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Also run the stack of all methods less each one.")
+    ] = True,
+    plain: Annotated[
+        list[str] | None, typer.Option(help="Change of the plain recipe, as epochs=5; repeatable.")
+    ] = None,
+    strong: Annotated[
+        list[str] | None, typer.Option(help="Change of the strong recipe, as epochs=5; repeatable.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of both recipes.")] = None,
-    budgets: Annotated[list[float] | None, typer.Option(help="Shares of the strong baseline's epochs to run as controls; repeatable.")] = None,
+    budgets: Annotated[
+        list[float] | None,
+        typer.Option(help="Shares of the strong baseline's epochs to run as controls; repeatable."),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
-    target: Annotated[str, typer.Option(help="Accuracy such as 0.9, or plain or strong for that baseline's median.")] = "plain",
+    target: Annotated[
+        str, typer.Option(help="Accuracy such as 0.9, or plain or strong for that baseline's median.")
+    ] = "plain",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores where not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the comparison; the same call again runs what is missing.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the report's data to this file; - for standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; the same call again runs what is missing.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the report's data to this file; - for standard output."),
+    ] = None,
     config: Config = None,
 ) -> None:
     """Run baselines, methods and stacks in interleaved blocks and write a report. Stopped, it goes on where it was."""
@@ -48,7 +79,10 @@ def compare(
         arms, extra = demo_arms()
         title = "hasten demo"
     else:
-        both = baselines(recipe_from("plain", [*changed, *(plain or [])]), recipe_from("strong", [*changed, *(strong or [])]))
+        both = baselines(
+            recipe_from("plain", [*changed, *(plain or [])]),
+            recipe_from("strong", [*changed, *(strong or [])]),
+        )
         arms = [*both, *controls(both[1], budgets or (0.5, 0.65, 0.8))]
         arms += stacks(both[1], [method_from(text) for text in method or []], leave_one_out=leave_one_out)
         for text in stack or []:
@@ -59,7 +93,9 @@ def compare(
                  "target": target if target in ("plain", "strong") else _number(target)}  # fmt: skip
         title = ""
     if out is None:
-        identity = json_.dumps([arm.describe() for arm in arms] + [str(v) for v in extra.values()], sort_keys=True)
+        identity = json_.dumps(
+            [arm.describe() for arm in arms] + [str(v) for v in extra.values()], sort_keys=True
+        )
         name = "demo" if demo else "compare"
         out = Path("runs") / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
     quiet = json is not None and str(json) == "-"
@@ -71,14 +107,18 @@ def compare(
     for arm in arms:
         tell(f"         {arm.name:24} {arm.recipe.epochs:g} epochs, batch {arm.recipe.batch_size}"
              + "".join(f", {m!r}" for m in arm.methods))  # fmt: skip
-    command = " ".join(["hasten", *(("compare", "--demo") if demo else ("compare", "--config", "config.toml"))])
+    command = " ".join(
+        ["hasten", *(("compare", "--demo") if demo else ("compare", "--config", "config.toml"))]
+    )
     finished = run(**extra, arms=arms, threads=threads, out=out, title=title, command=command,
                    config_toml=resolved(context), tell=_Told(tell))  # fmt: skip
     assert finished.folder is not None
     (finished.folder / "config.toml").write_text(resolved(context), encoding="utf-8")
     for line in finished.lines():
         tell(line)
-    tell(f"Report {finished.folder / 'report.html'}   (open it)      Next: hasten compare --data FOLDER --model resnet18")
+    tell(
+        f"Report {finished.folder / 'report.html'}   (open it)      Next: hasten compare --data FOLDER --model resnet18"
+    )
     if json is not None:
         text = (finished.folder / "report.json").read_text(encoding="utf-8")
         if quiet:
@@ -105,7 +145,9 @@ class _Told:
         left = spent / max(1, done - self._first) * (total - done)
         what = f"failed: {record['failure']}" if record["failure"] else (
             f"{100 * record['accuracy']:5.2f}% in {record['seconds_train']:6.1f} s")  # fmt: skip
-        self._tell(f"Train  {done:>3}/{total}  {record['arm']:24} seed {record['seed']}  {what}   left {left:4.0f} s")
+        self._tell(
+            f"Train  {done:>3}/{total}  {record['arm']:24} seed {record['seed']}  {what}   left {left:4.0f} s"
+        )
 
 
 def _number(text: str) -> float:
@@ -114,7 +156,9 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise SettingsError(f"target must be an accuracy such as 0.9, or plain or strong, got {text!r}.") from error
+        raise SettingsError(
+            f"target must be an accuracy such as 0.9, or plain or strong, got {text!r}."
+        ) from error
 
 
 def add_to(app: typer.Typer) -> None:

@@ -29,7 +29,9 @@ def _read(context: typer.Context, parameter: typer.CallbackParam, path: Path | N
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", callback=_read, is_eager=True, help="TOML file whose keys are this command's flags."),
+    typer.Option(
+        "--config", callback=_read, is_eager=True, help="TOML file whose keys are this command's flags."
+    ),
 ]
 
 
@@ -49,11 +51,15 @@ def settings_from(text: str, what: str) -> dict[str, Any]:
     for part in _split(text):
         key, equals, value = part.partition("=")
         if not equals:
-            raise SettingsError(f"{what}: {part.strip()!r} is not setting=value; write name:setting=value,setting=value.")
+            raise SettingsError(
+                f"{what}: {part.strip()!r} is not setting=value; write name:setting=value,setting=value."
+            )
         try:
             settings[key.strip()] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:
-            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(value.strip(), value.strip())
+            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(
+                value.strip(), value.strip()
+            )
         if isinstance(settings[key.strip()], list):
             settings[key.strip()] = tuple(settings[key.strip()])
     return settings

@@ -46,7 +46,8 @@ def describe(name: str) -> dict[str, Any]:
     cls = registry.method_class(name)
     spec = cls.spec
     row: dict[str, Any] = {
-        f.name: sorted(v) if isinstance(v := getattr(spec, f.name), frozenset) else v for f in dataclasses.fields(spec)
+        f.name: sorted(v) if isinstance(v := getattr(spec, f.name), frozenset) else v
+        for f in dataclasses.fields(spec)
     }
     defaults = registry.method(name)
     return row | {"settings": defaults.settings(), "repr": repr(defaults), "doc": (cls.__doc__ or "").strip()}

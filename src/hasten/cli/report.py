@@ -22,7 +22,9 @@ def report(
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {source}: {error}; give the folder of a finished comparison.") from error
+        raise DataError(
+            f"cannot read {source}: {error}; give the folder of a finished comparison."
+        ) from error
     data = from_json(text)
     if csv:
         import csv as csv_

@@ -16,18 +16,30 @@ from hasten.cli.output import header, note, say, say_json
 
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Name, file.py:factory, pkg.mod:factory, torchvision:NAME or timm:NAME.")] = "resnet8",
-    data: Annotated[str, typer.Option(help="Name of a data set, folder of class folders, or .npz file.")] = "fashion-mnist-12k",
+    model: Annotated[
+        str, typer.Option(help="Name, file.py:factory, pkg.mod:factory, torchvision:NAME or timm:NAME.")
+    ] = "resnet8",
+    data: Annotated[
+        str, typer.Option(help="Name of a data set, folder of class folders, or .npz file.")
+    ] = "fashion-mnist-12k",
     root: Annotated[str | None, typer.Option(help="Folder that holds the data set's files.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch the data set if it is not there.")] = False,
-    method: Annotated[list[str] | None, typer.Option(help="Method, as name or name:setting=value,...; repeatable.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method, as name or name:setting=value,...; repeatable.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe to start from: plain or strong.")] = "strong",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change of the recipe, as epochs=5; repeatable.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; the same as --set epochs=N.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change of the recipe, as epochs=5; repeatable.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; the same as --set epochs=N.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Key of all randomness.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores where not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same call again continues what is there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; the same call again continues what is there.")
+    ] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     allow_no_effect: Annotated[bool, typer.Option(help="Go on where a method changes nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -45,8 +57,12 @@ def train(
     methods = [method_from(text) for text in method or []]
     chosen = recipe_from(recipe, [*(set_ or []), *([f"epochs={epochs}"] if epochs is not None else [])])
     if out is None:
-        identity = json_.dumps([model, data, [repr(m) for m in methods], dataclasses.asdict(chosen), seed], sort_keys=True)
-        name = "-".join("".join(c if c.isalnum() else "-" for c in part)[-24:].strip("-") for part in (data, model))
+        identity = json_.dumps(
+            [model, data, [repr(m) for m in methods], dataclasses.asdict(chosen), seed], sort_keys=True
+        )
+        name = "-".join(
+            "".join(c if c.isalnum() else "-" for c in part)[-24:].strip("-") for part in (data, model)
+        )
         out = Path("runs") / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
     images = load(data, root, download=download)
     if not json:
@@ -79,8 +95,13 @@ def train(
     for name, effect in result.effects.items():
         say(f"Effect {name}: {len(effect.touched)} touched, {len(effect.skipped)} skipped"
             + "".join(f"; {what} {count:g}" for what, count in result.witness[name].items()))  # fmt: skip
-    say(f"Result accuracy {100 * result.accuracy:.2f}% in {result.seconds_train:.1f} s of training (one run, no interval)")
-    say(f"Next   hasten compare --model {model} --data {data}" + "".join(f" --method {m}" for m in method or []))
+    say(
+        f"Result accuracy {100 * result.accuracy:.2f}% in {result.seconds_train:.1f} s of training (one run, no interval)"
+    )
+    say(
+        f"Next   hasten compare --model {model} --data {data}"
+        + "".join(f" --method {m}" for m in method or [])
+    )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hasten.errors import SettingsError
 from hasten.contract import Method
+from hasten.errors import SettingsError
 from hasten.places import ordered
 from hasten.recipe import PLAIN, STRONG, Recipe
 from hasten.registry import method
@@ -51,7 +51,13 @@ def baselines(plain: Recipe = PLAIN, strong: Recipe = STRONG) -> list[Arm]:
     """Return the two baselines of every comparison: plain PyTorch, and the system-optimised one."""
     return [
         Arm("plain", plain, (), "baseline", "plain PyTorch (float32)"),
-        Arm("strong", strong, (method("mixed_precision"),), "strong", "strong (bf16, channels_last, tuned recipe)"),
+        Arm(
+            "strong",
+            strong,
+            (method("mixed_precision"),),
+            "strong",
+            "strong (bf16, channels_last, tuned recipe)",
+        ),
     ]
 
 

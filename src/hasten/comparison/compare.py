@@ -14,11 +14,11 @@ from hasten.checkpoint import claim_folder
 from hasten.comparison.arms import Arm, baselines, controls, stacks
 from hasten.comparison.summary import summarise
 from hasten.comparison.worker import Workload, fresh_process, run_arm, threads_here
+from hasten.contract import Method
 from hasten.data import DataSet
 from hasten.errors import SettingsError
 from hasten.measure.load import Watch
 from hasten.measure.store import append_jsonl, read_jsonl
-from hasten.contract import Method
 from hasten.recipe import PLAIN, STRONG, Recipe
 from hasten.report.schema import ReportData
 
@@ -81,7 +81,9 @@ def compare(
     seeds = list(seeds)
     names = [arm.name for arm in arms]
     if not seeds or len(set(names)) != len(names):
-        raise SettingsError(f"give at least one seed and arms with different names; got seeds {seeds}, arms {names}.")
+        raise SettingsError(
+            f"give at least one seed and arms with different names; got seeds {seeds}, arms {names}."
+        )
     workload = Workload(model, data, root, train, test, validation, threads or threads_here())
     folder = claim_folder(Path(out), kind="hasten comparison") if out is not None else None
     records = run_blocks(workload, arms, seeds, folder, isolate, tell)
@@ -95,7 +97,12 @@ def compare(
 
 
 def run_blocks(
-    workload: Workload, arms: Sequence[Arm], seeds: Sequence[int], folder: Path | None, isolate: bool, tell: Tell
+    workload: Workload,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    folder: Path | None,
+    isolate: bool,
+    tell: Tell,
 ) -> list[dict[str, Any]]:
     """Run every arm once for every seed, the arms of a seed one after the other in random order; return the records.
 
@@ -114,7 +121,12 @@ def run_blocks(
                 watch = Watch()
                 record = fresh_process(workload, arm, seed) if isolate else run_arm(workload, arm, seed)
                 load, disturbed = watch.stop()
-                record |= {"key": key, "disturbed": disturbed, "load": load.to_json(), "settings": arm.describe()}
+                record |= {
+                    "key": key,
+                    "disturbed": disturbed,
+                    "load": load.to_json(),
+                    "settings": arm.describe(),
+                }
                 if path is not None:
                     append_jsonl(path, record)
             records.append({**record, "block": block, "arm": arm.name})

@@ -118,7 +118,10 @@ def _target(
 def _run(r: Record, arm: Arm, per_sample: float) -> schema.Run:
     spans = r.get("spans", {})
     total = r.get("seconds_total") or sum(spans.values())
-    counters, extra = r.get("counters", {}), sum(w.get("extra_macs", 0.0) for w in r.get("witness", {}).values())
+    counters, extra = (
+        r.get("counters", {}),
+        sum(w.get("extra_macs", 0.0) for w in r.get("witness", {}).values()),
+    )
     work = math.prod(e["work"] for e in r.get("effects", {}).values() if e.get("work") is not None)
     backward = counters.get("backward", 0)
     return {
@@ -200,7 +203,9 @@ def _witness(own: Sequence[Record]) -> dict[str, float]:
     last = next((r for r in own if r.get("witness")), None)
     if last is None:
         return {}
-    return {f"{name}: {what}": float(n) for name, counts in last["witness"].items() for what, n in counts.items()}
+    return {
+        f"{name}: {what}": float(n) for name, counts in last["witness"].items() for what, n in counts.items()
+    }
 
 
 def _effects(own: Sequence[Record]) -> list[schema.MethodEffect]:
@@ -257,7 +262,9 @@ def _verdict(rows: Sequence[schema.Arm], goal: float) -> schema.Verdict:
             "claim": best["name"], "ratio": v["ratio"], "ci": [v["lo"] or 0.0, v["hi"] or 0.0],
         }  # fmt: skip
     strong = next((row for row in rows if row["kind"] == "strong"), None)
-    lead = "No method was shown to reach " + percent + " sooner than the strong baseline here." if tried else ""
+    lead = (
+        "No method was shown to reach " + percent + " sooner than the strong baseline here." if tried else ""
+    )
     vs = strong["vs_plain"] if strong else None
     if strong and vs and vs["verdict"] == "faster":
         text = f"The strong baseline reaches {percent} {vs['ratio']:.2f}x sooner than plain PyTorch (95% interval {vs['lo']:.2f} to {vs['hi']:.2f})."  # fmt: skip
@@ -279,7 +286,9 @@ def _notes(
     if n < 5:
         notes.append(f"With {n} seeds an accuracy difference below about half a point says nothing.")
     if len(dropped) == blocks and blocks:
-        notes.append("Busy machine: other processes disturbed every block, so none was left out; trust the ratios less.")
+        notes.append(
+            "Busy machine: other processes disturbed every block, so none was left out; trust the ratios less."
+        )
     if workload.train or workload.test:
         notes.append(f"Stratified part of the data: {workload.train or 'all'} training and {workload.test or 'all'} test images.")  # fmt: skip
     recipes = {arm.recipe.batch_size for arm in arms}

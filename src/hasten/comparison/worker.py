@@ -45,7 +45,11 @@ class Workload:
 
     def describe(self) -> dict[str, Any]:
         """Return what shapes a run, as plain JSON."""
-        model = self.model if isinstance(self.model, str) else getattr(self.model, "__qualname__", type(self.model).__name__)
+        model = (
+            self.model
+            if isinstance(self.model, str)
+            else getattr(self.model, "__qualname__", type(self.model).__name__)
+        )
         data = self.data if isinstance(self.data, str) else self.data.name
         return {"model": model, "data": data, "train": self.train, "test": self.test, "validation": self.validation,
                 "threads": self.threads, "device": self.device}  # fmt: skip
@@ -69,7 +73,9 @@ def run_arm(workload: Workload, arm: Arm, seed: int, out: Path | None = None) ->
         }  # fmt: skip
         idle = [name for name, counts in result.witness.items() if counts and not any(counts.values())]
         if idle:
-            record["failure"] = f"{', '.join(idle)} never acted in this run, so the run shows nothing about it"
+            record["failure"] = (
+                f"{', '.join(idle)} never acted in this run, so the run shows nothing about it"
+            )
     except HastenError as error:
         record["failure"] = f"{type(error).__name__}: {error}"
     record |= {

@@ -22,7 +22,9 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
             for number, name in zip(group["params"], known, strict=True)}  # fmt: skip
     return {
         "slots": {flat[number]: slots for number, slots in plain["state"].items()},
-        "groups": [{**group, "params": known} for group, known in zip(plain["param_groups"], names, strict=True)],
+        "groups": [
+            {**group, "params": known} for group, known in zip(plain["param_groups"], names, strict=True)
+        ],
     }
 
 
@@ -43,4 +45,6 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: dict[str, An
         {**theirs, "params": ours["params"]}
         for theirs, ours in zip(saved["groups"], current["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": {number[n]: s for n, s in saved["slots"].items()}, "param_groups": groups})
+    optimizer.load_state_dict(
+        {"state": {number[n]: s for n, s in saved["slots"].items()}, "param_groups": groups}
+    )

@@ -26,7 +26,9 @@ def check_training_state(model: nn.Module, optimizers: Optimizer | Sequence[Opti
     if missing:
         problems.append(f"the optimizer does not hold {', '.join(missing)}")
     if orphans:
-        problems.append(f"the optimizer holds {orphans} tensors that are not trainable parameters of the model")
+        problems.append(
+            f"the optimizer holds {orphans} tensors that are not trainable parameters of the model"
+        )
     if twice:
         problems.append(f"the optimizer holds {', '.join(twice)} more than once")
     if problems:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hasten import keyed
-from hasten.errors import CheckpointError, NonFiniteError, UnsupportedError
 from hasten.contract import Batch, Effect, Method, MethodSpec
+from hasten.errors import CheckpointError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
     from hasten.session import Session

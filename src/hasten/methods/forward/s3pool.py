@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import SettingsError, UnsupportedError
 from hasten.contract import Effect, Method, MethodSpec
+from hasten.errors import SettingsError, UnsupportedError
 from hasten.methods.forward.s3pool_layer import S3Pool2d, grid_for, plain_modules, valid_grids
 from hasten.surgery import replace_module
 
@@ -104,7 +104,9 @@ class S3Pool(Method):
             height, width = site.size
             note = f"p={site.p}, g={grid_for(grid, height, width, site.p)} on {height}x{width}"
             if site.strided:
-                effect.touched[site.name] = f"{note}, then {', '.join(site.strided) or 'the layer itself'} at stride 1"
+                effect.touched[site.name] = (
+                    f"{note}, then {', '.join(site.strided) or 'the layer itself'} at stride 1"
+                )
                 session.edit(partial(_pool_before, model, site, pool))
             else:
                 effect.touched[site.name] = note

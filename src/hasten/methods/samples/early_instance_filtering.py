@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten import keyed
+from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.errors import NonFiniteError, UnsupportedError
 from hasten.loss import without_smoothing
-from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.methods.samples.filters import FILTERS, HIGH, LOW, build_filter, filter_for
 from hasten.methods.samples.scoring import bad_scale, per_example, refuse_ranks, scored, shrink
 from hasten.optim.named import load_named_state, named_state

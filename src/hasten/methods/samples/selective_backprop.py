@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hasten import keyed
-from hasten.errors import UnsupportedError
 from hasten.contract import Batch, Effect, Method, MethodSpec
+from hasten.errors import UnsupportedError
 from hasten.methods.samples.scoring import bad_scale, check_scale, per_example, refuse_ranks, scored
 from hasten.session import Session
 
