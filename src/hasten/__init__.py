@@ -42,7 +42,26 @@ _WHERE = {
     "method": "registry",
 }
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "Arm",
+    "Batch",
+    "Effect",
+    "HastenError",
+    "Method",
+    "MethodSpec",
+    "PLAIN",
+    "Recipe",
+    "Result",
+    "STRONG",
+    "Session",
+    "available",
+    "check_method",
+    "check_training_state",
+    "compare",
+    "fit",
+    "method",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,9 +39,12 @@ def uniform(samples: NDArray[np.int64], draws: int, *key: Key) -> NDArray[np.flo
     order gives the same numbers for the same sample.
     """
     with np.errstate(over="ignore"):
-        counter = samples.astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
-        z = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key64(*key))
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        counter: NDArray[np.uint64] = samples.astype(np.uint64)[:, None] * np.uint64(draws)
+        counter = counter + np.arange(draws, dtype=np.uint64)
+        z: NDArray[np.uint64] = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            key64(*key)
+        )
+        z = (z ^ np.right_shift(z, 30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ np.right_shift(z, 27)) * np.uint64(0x94D049BB133111EB)
+        z = z ^ np.right_shift(z, 31)
+    return np.right_shift(z, 11).astype(np.float64) * 2.0**-53

@@ -229,8 +229,6 @@ def test_reweighting_makes_the_weighted_sum_unbiased() -> None:
     estimate = torch.stack(sums)
     z = (estimate.mean() - x[:, 1].mean()) / (estimate.std() / len(estimate) ** 0.5)
     assert z.abs() < 4, z
-    biased = torch.stack([x[:, 1]]).mean()
-    assert biased == pytest.approx(float(x[:, 1].mean()))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -31,7 +31,7 @@ def label_weights(high: Tensor, high_ratio: float) -> Tensor:
 
 
 def uncertain(logits: Tensor, taken: Tensor, entropy: float, round_to: int) -> Tensor:
-    """Return the rows not ``taken`` whose prediction has an entropy -sum p ln p above ``entropy``.
+    """Return the rows not ``taken`` whose prediction has entropy -sum p ln p above ``entropy``.
 
     Their count is filled up to a multiple of ``round_to`` with the next least certain, as far as there are rows.
     """

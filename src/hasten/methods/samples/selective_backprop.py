@@ -19,7 +19,7 @@ _NEVER = -(2**30)
 
 def percentile(losses: Tensor, history: Tensor) -> Tensor:
     """Return, for each loss, the share of ``history`` that is strictly below it, in [0, 1)."""
-    below = torch.searchsorted(history.sort().values, losses, right=False)
+    below = torch.searchsorted(history.sort().values, losses.contiguous(), right=False)
     return below.to(losses.dtype) / len(history)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a headline claim. ``python -m benchmarks`` lists them."""

@@ -1,0 +1,99 @@
+"""What the benchmarks share: step-time pairs, real data, and where results go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hasten import Session, method, models
+from hasten.contract import Method
+from hasten.data import DataSet, load
+from hasten.measure.paired import paired_steps
+from hasten.measure.store import result_file
+
+WORK = Path(os.environ.get("HASTEN_BENCH", "runs/benchmarks"))
+Step = Callable[[], None]
+
+
+def real_images(n: int, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Return n real images (n, 3, size, size), normalised, and labels: Fashion-MNIST, grey repeated, resized."""
+    train = load("fashion-mnist-12k").train.stratified(n)
+    x = torch.from_numpy(train.pixels).permute(0, 3, 1, 2).float().div(255).sub(0.29).div(0.35)
+    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).expand(-1, 3, -1, -1).contiguous()
+    return x, torch.from_numpy(train.labels) % classes
+
+
+def bare_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """Return one step of the plainest PyTorch loop."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model.train()
+
+    def step() -> None:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def session_step(model: nn.Module, x: Tensor, y: Tensor, methods: Sequence[Method]) -> Step:
+    """Return one step of a session with these methods, on images in channels_last if the model is."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    session = Session(model, optimizer, methods, sample=(x, y), total_samples=10**9)
+    if any(m.spec.name == "mixed_precision" for m in methods):
+        x = x.contiguous(memory_format=torch.channels_last)
+    index = torch.arange(len(x))
+
+    def step() -> None:
+        session.step(x, y, index)
+
+    return step
+
+
+def build(name: str, **settings: Any) -> nn.Module:
+    """Return the model called ``name`` with weights of seed 0."""
+    return models.build(name, seed=0, **settings)
+
+
+def strong() -> Method:
+    """Return the method that makes the strong baseline."""
+    return method("mixed_precision")
+
+
+def pairs(name: str, arms: dict[str, Step], *, baseline: str, seconds: float, smoke: bool, chunk: float = 1.0) -> dict[str, Any]:
+    """Time the arms against ``baseline`` in interleaved chunks, print the table, and return what to store."""
+    seconds = min(seconds, 2.0) if smoke else seconds
+    result = paired_steps(arms, baseline=baseline, seconds=seconds, chunk_s=0.1 if smoke else chunk, warmup=1 if smoke else 5, seed=0)
+    print(f"-- {name}")
+    table = result.table()
+    print(table if isinstance(table, str) else "\n".join(table), flush=True)
+    return result.to_json()
+
+
+def store(name: str, values: dict[str, Any], smoke: bool) -> None:
+    """Store ``values`` under ``benchmarks/results``; a smoke run stores them where nobody looks."""
+    if smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            result_file(name, values, folder=folder)
+    else:
+        print(f"stored {result_file(name, values)}")
+
+
+def cifar10() -> DataSet:
+    """Return full CIFAR-10, from HASTEN_DATA, or unpacked from the shared data beside the project."""
+    shared, here = Path("../shared"), WORK / "data"
+    if "HASTEN_DATA" not in os.environ and (shared / "tools/unpack_data.py").exists():
+        if not (here / "cifar-10-batches-bin/test_batch.bin").exists():
+            subprocess.run([sys.executable, shared / "tools/unpack_data.py", here, "cifar10"], check=True)
+        return load("cifar10", here)
+    return load("cifar10")
