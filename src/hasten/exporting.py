@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hasten import models, registry
-from hasten.checkpoint import Store
-from hasten.errors import CheckpointError
+from hasten.checkpoint import Loaded, Store
+from hasten.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.optim.ema import EMA
 from hasten.recipe import Recipe
 from hasten.session import Session
@@ -27,7 +30,23 @@ def load_run(folder: Path, *, trust_code: bool = False) -> tuple[nn.Module, Tens
     loaded = store.load() if (folder / "checkpoints").is_dir() else None
     if loaded is None:
         raise CheckpointError(f"{folder} holds no good checkpoint; give the folder of a `hasten train` run.")
+    try:
+        return _rebuilt(loaded, trust_code)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, HastenError):
+            raise
+        raise CheckpointError(
+            f"{loaded.path} does not describe a run ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _rebuilt(loaded: Loaded, trust_code: bool) -> tuple[nn.Module, Tensor]:
     identity = loaded.recipe
+    if "object" in identity["model"]:
+        raise UnsupportedError(
+            f"the model of this run was an object ({identity['model']['object']}) without a name or factory, so it "
+            f"cannot be built again here; export from the program that made it: fit(...).model."
+        )
     net = models.from_recipe(identity["model"], trust_code=trust_code).make()
     recipe = Recipe(**identity["recipe"] | {"augment": tuple(identity["recipe"]["augment"])})
     channels, size = identity["model"]["in_channels"], identity["model"]["image_size"]
@@ -43,7 +62,7 @@ def load_run(folder: Path, *, trust_code: bool = False) -> tuple[nn.Module, Tens
             "optimizers": loaded.parts["optim"]["optimizers"],
             "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
             "counters": state["counters"],
-        }  # fmt: skip
+        }
     )
     if recipe.ema is not None:
         ema = EMA(session.model, recipe.ema)
@@ -63,19 +82,33 @@ def export_run(folder: Path, out: Path, *, trust_code: bool = False) -> tuple[in
 
     Returns the size in bytes and, for a program, the largest difference between its outputs and the network's.
     """
-    from safetensors.torch import save_file
-
     net, sample = load_run(folder, trust_code=trust_code)
     aside = out.with_name(f".{out.name}.aside{out.suffix}")
     error = None
-    if out.suffix == ".safetensors":
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, aside)
+    try:
+        aside.touch()  # where this fails, the reason is plain; the writers below wrap theirs
+        error = _write(net, sample, aside)
+        os.replace(aside, out)
+    except OSError as failure:
+        raise UnsupportedError(f"cannot write {out}: {failure.strerror or failure}.") from failure
+    except SafetensorError as failure:
+        raise UnsupportedError(f"cannot write {out}: {failure}.") from failure
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    return out.stat().st_size, error
+
+
+def _write(net: nn.Module, sample: Tensor, file: Path) -> float | None:
+    error = None
+    if file.suffix == ".safetensors":
+        # cloned, because the format refuses tensors that share memory, as tied weights do
+        save_file({name: value.clone().contiguous() for name, value in net.state_dict().items()}, file)
     else:
         batch = torch.export.Dim("batch", min=1, max=4096)
         program = torch.export.export(net, (sample,), dynamic_shapes=({0: batch},))
-        torch.export.save(program, aside)
+        torch.export.save(program, file)
         x = torch.rand(8, *sample.shape[1:], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            error = float((torch.export.load(aside).module()(x) - net(x)).abs().max())
-    os.replace(aside, out)
-    return out.stat().st_size, error
+            error = float((torch.export.load(file).module()(x) - net(x)).abs().max())
+    return error

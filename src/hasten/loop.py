@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hasten import keyed, models
-from hasten.checkpoint import StopSignal, Store, claim_folder
+from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder
 from hasten.contract import Effect, Method
 from hasten.data import DataSet, Images, Loader, load
+from hasten.errors import CheckpointError, HastenError
 from hasten.logs import Logs
 from hasten.loss import cross_entropy
 from hasten.measure.clock import Clock, device_sync
@@ -31,7 +34,7 @@ class Result:
     """What a run came to. accuracy in [0, 1]; seconds by span of the clock; curve rows (seconds, samples, accuracy).
 
     ``seconds_train`` is the time that counts: everything from the first batch to the last, without evaluation, saving
-    and set-up. ``stopped`` is the signal that ended the run early, or 0.
+    and set-up. ``stopped`` is the signal that ended the run early, or 0. ``saved``: whether the last state is on disk.
     """
 
     accuracy: float
@@ -45,6 +48,7 @@ class Result:
     stopped: int = 0
     messages: list[str] = field(default_factory=list)
     model: nn.Module | None = None
+    saved: bool = False
 
 
 def fit(
@@ -119,10 +123,10 @@ class _Run:
             )  # fmt: skip
             self.ema = EMA(self.session.model, recipe.ema) if recipe.ema is not None else None
             self.curve: list[tuple[float, int, float]] = []
-            self.step = 0
+            self.step, self.saved = 0, False
             self.identity = {
                 "model": source.recipe or {"object": source.label}, "data": self.data.name, "seed": seed,
-                "samples": len(train), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
+                "samples": len(train), "content": fingerprint(train), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
                 "methods": [{"name": m.spec.name, "settings": jsonable(m.settings())} for m in self.session.methods],
             }  # fmt: skip
             self.store, folder = None, None
@@ -150,6 +154,18 @@ class _Run:
             self.logs.rewind({})
             return
         self.messages += loaded.warnings
+        try:
+            self._take(loaded)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, HastenError):
+                raise
+            raise CheckpointError(
+                f"{loaded.path} is whole, but does not hold what this run needs ({type(error).__name__}: {error}); it "
+                f"was written by another program or version. Give another folder to begin anew."
+            ) from error
+        self.messages.append(f"continued from step {self.step} of {self.total} ({loaded.path.name})")
+
+    def _take(self, loaded: Loaded) -> None:
         state = loaded.parts["state"]
         self.session.load_state_dict(
             {
@@ -157,7 +173,7 @@ class _Run:
                 "optimizers": loaded.parts["optim"]["optimizers"],
                 "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
                 "counters": state["counters"],
-            }  # fmt: skip
+            }
         )
         if self.ema is not None:
             self.ema.load_state_dict(loaded.parts["ema"])
@@ -166,13 +182,21 @@ class _Run:
         self.step = loaded.step
         torch.set_rng_state(state["rng"])
         self.logs.rewind(state["logs"])
-        self.messages.append(f"continued from step {self.step} of {self.total} ({loaded.path.name})")
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step; where the disk does not let it, say so in the messages."""
         if self.store is None:
             return
         with self.clock.span("save"):
+            self.saved = False
+            try:
+                logged = self.logs.offsets()
+            except OSError as error:
+                self.messages.append(
+                    f"could not write the logs at step {self.step}, so no checkpoint either: "
+                    f"{error.strerror or error}. Training goes on; the next save will be tried as planned."
+                )
+                return
             state = self.session.state_dict()
             parts: dict[str, dict[str, Any]] = {
                 "model": state["model"],
@@ -180,13 +204,13 @@ class _Run:
                 "state": {
                     "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
                     "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
-                    "logs": self.logs.offsets(),
+                    "logs": logged,
                 },
             }  # fmt: skip
             parts |= {f"method-{name}": value for name, value in state["methods"].items()}
             if self.ema is not None:
                 parts["ema"] = self.ema.state_dict()
-            self.store.save(self.step, parts, self.identity)
+            self.saved = self.store.save(self.step, parts, self.identity) is not None
 
     # -- the loop
     def train(
@@ -265,13 +289,22 @@ class _Run:
             accuracy=self.curve[-1][2] if self.curve else 0.0, seconds_train=counted(spans), spans=spans,
             curve=list(self.curve), counters=dict(self.session.counters), witness=self.session.witness(),
             effects=self.session.effects, steps=self.step, stopped=int(stop.requested or 0) if stop else 0,
-            messages=self.messages, model=self.session.export(),
+            messages=self.messages, model=self.session.export(), saved=self.saved,
         )  # fmt: skip
 
 
 def jsonable(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings with tuples as lists, as JSON holds them."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def fingerprint(images: Images) -> str:
+    """Return a digest of all labels and of up to 256 images spread over the set, so that other data is noticed."""
+    spread = np.linspace(0, len(images) - 1, min(256, len(images))).astype(np.int64)
+    digest = hashlib.sha256(repr((images.pixels.shape, images.classes)).encode())
+    digest.update(images.labels.tobytes())
+    digest.update(images.pixels[spread].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def counted(spans: dict[str, float]) -> float:

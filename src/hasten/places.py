@@ -89,18 +89,28 @@ def ordered(methods: Sequence[Method]) -> list[Method]:
     if problems:
         raise ConflictError(" ".join(problems))
 
-    waiting = sorted(methods, key=lambda m: min((_ORDER[p] for p in m.writes), default=len(_ORDER)))
+    # by name where places tie, so that the order never depends on the order in which methods were given
+    waiting = sorted(
+        methods, key=lambda m: (min((_ORDER[p] for p in m.writes), default=len(_ORDER)), m.spec.name)
+    )
     order: list[Method] = []
     while waiting:
-        for method in waiting:
-            others = [m for m in waiting if m is not method]
-            if not any(other.writes & method.reads for other in others):
-                break
-        else:
-            names = ", ".join(m.spec.name for m in waiting)
+        free = [m for m in waiting if not any(other.writes & m.reads for other in waiting if other is not m)]
+        if not free:
+            names = ", ".join(m.spec.name for m in circle(waiting))
             raise ConflictError(
                 f"{names} each read what another of them writes, so no order exists; drop one of them."
             )
-        waiting.remove(method)
-        order.append(method)
+        waiting.remove(free[0])
+        order.append(free[0])
     return order
+
+
+def circle(methods: Sequence[Method]) -> list[Method]:
+    """Return methods that read each other in a circle; every one of ``methods`` must read what another writes."""
+    path = [methods[0]]
+    while True:
+        writer = next(m for m in methods if m is not path[-1] and m.writes & path[-1].reads)
+        if writer in path:
+            return path[path.index(writer) :]
+        path.append(writer)

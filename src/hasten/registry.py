@@ -32,7 +32,12 @@ def method_class(name: str) -> type[Method]:
     if name not in known:
         raise unknown("method", name, known)
     module, _, attribute = known[name].partition(":")
-    cls = getattr(import_module(module), attribute)
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise HastenError(
+            f"method {name!r} cannot be imported from {known[name]} ({error}); install the package that offers it again."
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise HastenError(f"method {name!r} ({known[name]}) must be a dataclass derived from hasten.Method.")
     if cls.spec.name != name:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hasten import loss as losses
 from hasten.contract import Batch, Effect, Method, overrides
 from hasten.diagnose import first_non_finite, layer_shapes
-from hasten.errors import HastenError, NoEffectError, NonFiniteError, UnsupportedError
+from hasten.errors import CheckpointError, HastenError, NoEffectError, NonFiniteError, UnsupportedError
 from hasten.measure.clock import Clock
 from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
@@ -107,10 +107,15 @@ class Session:
         """Train on one batch and return its loss, detached.
 
         inputs (N, C, H, W), targets (N,), index (N,) numbers of the samples in the training set where the caller knows
-        them. Raises NonFiniteError before any weight changes.
+        them. Raises NonFiniteError before any weight changes, UnsupportedError if a method needs ``index``.
         """
         clock = self.clock
         batch = Batch(inputs, targets, index)
+        if index is None and self._needs_index:
+            raise UnsupportedError(
+                f"{self._needs_index[0]} keeps something for each sample: give step(inputs, targets, index) with the "
+                f"numbers of the samples in the training set."
+            )
         self.counters["streamed"] += len(inputs)
         if self._select:
             with clock.span("method"):
@@ -151,12 +156,16 @@ class Session:
 
     def _forward_loss(self, batch: Batch) -> Tensor:
         outputs = self.forward(batch.inputs)
-        if self._per_example:
+        each = None
+        if batch.weights is not None:
             each = self.loss(outputs, batch.targets, reduction="none")
             loss = losses.weighted_mean(each, batch.weights)
         else:
-            each = None
+            # the loss's own mean, which a mean of each sample's loss would not equal in the last bit
             loss = self.loss(outputs, batch.targets)
+            if self._per_example and self._observe:
+                with torch.no_grad():
+                    each = self.loss(outputs, batch.targets, reduction="none")
         for method in self._terms:
             loss = loss + method.loss_terms()
         if self._observe:
@@ -216,12 +225,29 @@ class Session:
             raise HastenError(
                 f"the state holds {len(state['optimizers'])} optimizers, this session has {len(self.optimizers)}."
             )
+        self._check_fits(state["model"])
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_named_state(optimizer, self.model, saved)
         self.counters.update(state["counters"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.spec.name])
+
+    def _check_fits(self, saved: dict[str, Any]) -> None:
+        """Raise CheckpointError, before anything is loaded, if ``saved`` is of another network."""
+        here = {k: v.shape for k, v in self.model.state_dict().items() if isinstance(v, Tensor)}
+        there = {k: v.shape for k, v in saved.items() if isinstance(v, Tensor)}
+        if here == there:
+            return
+        wrong = sorted(
+            f"{k} ({'x'.join(map(str, there[k])) or 'scalar'} saved, {'x'.join(map(str, here[k])) or 'scalar'} here)"
+            for k in here.keys() & there.keys()
+            if here[k] != there[k]
+        )
+        raise CheckpointError(
+            f"the saved weights are of another network: only saved {sorted(there.keys() - here.keys())[:5]}, only here "
+            f"{sorted(here.keys() - there.keys())[:5]}, other shapes {wrong[:5]}; give the network that was saved."
+        )
 
     def export(self) -> nn.Module:
         """Return a copy of the model as plain PyTorch modules, in eval mode, which runs and loads without hasten."""
@@ -238,6 +264,7 @@ class Session:
     def _attach(self, allow_no_effect: bool) -> None:
         # what any method asks of the session is settled first, so that attaching cannot fail halfway for it
         self._per_example = any("per_example_loss" in m.spec.requires for m in self.methods)
+        self._needs_index = [m.spec.name for m in self.methods if "index" in m.spec.requires]
         for method in self.methods:
             name = method.spec.name
             if "per_example_loss" in method.spec.requires and not losses.has_reduction(self.loss):
@@ -294,7 +321,8 @@ class Session:
             p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
         ]
         total = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
-        if not math.isfinite(total.item()):
+        # a norm can overflow though every gradient is finite, so the gradients themselves decide
+        if not math.isfinite(total.item()) and not all(g.isfinite().all() for g in grads):
             self._report_non_finite(batch, "gradient")
 
     def _report_non_finite(self, batch: Batch, what: str) -> None:

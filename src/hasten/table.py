@@ -22,7 +22,9 @@ class Row:
 
 
 METHODS: dict[str, Row] = {
-    "mixed_precision": Row("hasten.methods.forward.mixed_precision:MixedPrecision"),
+    "mixed_precision": Row(
+        "hasten.methods.forward.mixed_precision:MixedPrecision", {"dtype": "bfloat16", "force": True}
+    ),
     "approximate_tensor_ops": Row("hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps"),
     "error_map_pruning": Row("hasten.methods.products.error_map_pruning:ErrorMapPruning"),
     "early_instance_filtering": Row(

@@ -113,6 +113,29 @@ def test_the_power_cut_sweep_notices_a_missing_sync(tmp_path: Path) -> None:
     assert lost > 0
 
 
+def test_everything_is_on_the_disk_before_the_next_thing_relies_on_it(tmp_path: Path) -> None:
+    """Files, then their folder, then the rename, then the root, then LATEST, then the removal of an old one."""
+    prepare(tmp_path, [1, 2])
+    files = Simulated()
+    final = Store(tmp_path, files=files).save(3, state(3), RECIPE)
+    assert final is not None
+    calls = [(operation, path.name.split("-")[0], path.parent.name[:8]) for operation, path in files.calls]
+    inside = [i for i, call in enumerate(calls) if call[2] == ".staging"]
+    renamed = calls.index(("rename", "step", tmp_path.name[:8]))
+    latest = calls.index(("rename", "LATEST", tmp_path.name[:8]))
+    removed = calls.index(("rename", ".trash", tmp_path.name[:8]))
+    for name in ("model.safetensors", "state.json", "manifest.json"):
+        (synced,) = (i for i in inside if files.calls[i][0] == "fsync" and files.calls[i][1].name == name)
+        assert synced > max(
+            i for i in inside if files.calls[i][0] == "write" and files.calls[i][1].name == name
+        )
+    folder = calls.index(("fsync", ".staging", tmp_path.name[:8]))
+    roots = [
+        i for i, (operation, path) in enumerate(files.calls) if operation == "fsync" and path == tmp_path
+    ]
+    assert max(inside) < folder < renamed < roots[0] < latest < roots[1] < removed
+
+
 def size_of(name: str) -> int:
     """Return the size the file ``name`` of the checkpoint of step 1 should have."""
     return len(encode(1, state(1), RECIPE)[name])

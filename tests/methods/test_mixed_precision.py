@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from hasten import keyed
 from hasten.contract import Effect, Method, MethodSpec
 from hasten.errors import CheckpointError, NonFiniteError, SettingsError, UnsupportedError
-from hasten.methods.forward import mixed_precision
+from hasten.methods.forward import machine_dtype
 from hasten.methods.forward.mixed_precision import MixedPrecision, not_channels_last
 from hasten.session import Session
 
@@ -186,7 +186,7 @@ def fake(ratio: float) -> Any:
 
 
 def test_auto_stays_in_float32_and_says_why_where_bfloat16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed_precision, "conv_seconds", fake(3.0))
+    monkeypatch.setattr(machine_dtype, "conv_seconds", fake(3.0))
     s = session(None, MixedPrecision())
     effect = s.effects["mixed_precision"]
     assert "3.00 times as long" in effect.skipped["precision"]
@@ -198,7 +198,7 @@ def test_auto_stays_in_float32_and_says_why_where_bfloat16_is_slow(monkeypatch: 
     assert seen == [torch.float32]
     with pytest.raises(UnsupportedError, match=r"float16 convolution takes 3.00 times.*force=True"):
         session(None, MixedPrecision(dtype="float16"))
-    monkeypatch.setattr(mixed_precision, "conv_seconds", fake(0.5))
+    monkeypatch.setattr(machine_dtype, "conv_seconds", fake(0.5))
     assert session(None, MixedPrecision()).witness()["mixed_precision"] == {
         "forward_bfloat16": 0,
         "channels_last_batches": 0,
@@ -207,7 +207,7 @@ def test_auto_stays_in_float32_and_says_why_where_bfloat16_is_slow(monkeypatch: 
 
 
 def test_the_probe_times_every_dtype_it_is_asked_for() -> None:
-    seconds = mixed_precision.conv_seconds(True, "float32", "bfloat16")
+    seconds = machine_dtype.conv_seconds(True, "float32", "bfloat16")
     assert set(seconds) == {"float32", "bfloat16"}
     assert all(0 < t < 5 for t in seconds.values())
 

@@ -216,7 +216,7 @@ def test_grids_that_do_not_fit_are_refused_with_those_that_do() -> None:
               S3Pool(grid=8), size=28)  # fmt: skip
     with pytest.raises(SettingsError, match=r"3 numbers for 2 layers: 2 \(16x16\), 5 \(8x8\)"):
         start(network(), S3Pool(grid=(8, 4, 2)))
-    with pytest.raises(SettingsError, match="grid is 1.5"):
+    with pytest.raises(SettingsError, match=r"grid is 1\.5"):
         S3Pool(grid=1.5)
     with pytest.raises(SettingsError, match=r"grid is 1; .*strided_convs is 1"):
         S3Pool(grid=1, strided_convs=1)  # type: ignore[arg-type]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from hasten.cli.output import note
 from hasten.errors import HastenError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a HastenError is one line on standard error and exit code 2."""
+    """Run the command line; a HastenError is one message on standard error and exit code 2."""
     import typer
 
     from hasten.cli import check, compare, data, export, methods, report, train
@@ -21,9 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
         module.add_to(app)
     try:
         app(arguments, standalone_mode=True)
-    except HastenError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (HastenError, OSError) as error:
+        note(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        note("stopped")
         sys.exit(130)

@@ -12,19 +12,46 @@ import typer
 from hasten.errors import SettingsError, unknown
 
 
-def _read(context: typer.Context, parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+def _read(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"cannot read the settings in {path}: {error}.") from error
-    allowed = [p.name for p in context.command.params if p.name and p.name != "config"]
-    for key in values:
-        if key.replace("-", "_") not in allowed:
-            raise unknown(f"setting in {path}:", key, allowed, SettingsError)
-    context.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+    flags = _flags(context)
+    defaults = {}
+    for key, value in values.items():
+        parameter = flags.get(key.replace("_", "-"))
+        if parameter is None:
+            raise unknown(f"setting in {path}:", key, flags, SettingsError)
+        defaults[str(parameter.name)] = _value(parameter, key, value, path)
+    context.default_map = defaults
     return path
+
+
+def _flags(context: typer.Context) -> dict[str, Any]:
+    """Return the parameters of the command that a file can set, by the name of their flag."""
+    return {
+        option.removeprefix("--"): parameter
+        for parameter in context.command.params
+        for option in parameter.opts
+        if option.startswith("--") and parameter.name != "config"
+    }
+
+
+def _value(parameter: Any, key: str, value: Any, path: Path) -> Any:
+    """Return ``value`` as click takes it, one or a list of texts, numbers or truth values, or raise SettingsError."""
+    several = bool(getattr(parameter, "multiple", False))
+    items = value if several and isinstance(value, list) else [value]
+    flag = bool(getattr(parameter, "is_flag", False))
+    for item in items:
+        if not isinstance(item, str | int | float) or isinstance(item, bool) != flag:
+            wanted = (
+                "true or false" if flag else f"a {parameter.type.name}" + (" or a list" if several else "")
+            )
+            raise SettingsError(f"{path}: {key} must be {wanted}, got {item!r}.")
+    return items if several else value
 
 
 Config = Annotated[
@@ -82,14 +109,24 @@ def recipe_from(preset: str, settings: list[str]) -> Any:
     if preset not in RECIPES:
         raise unknown("recipe", preset, RECIPES)
     changes = {k: v for text in settings for k, v in settings_from(text, "recipe").items()}
-    return RECIPES[preset].with_(**changes)
+    if isinstance(changes.get("augment"), str):
+        changes["augment"] = (changes["augment"],)
+    try:
+        return RECIPES[preset].with_(**changes)
+    except TypeError as error:
+        raise SettingsError(f"recipe: a setting has the wrong type ({error}); given {changes}.") from error
 
 
 def resolved(context: typer.Context) -> str:
     """Return the settings that this call ran with, as TOML that ``--config`` reads back."""
     import tomli_w
 
-    skip = {"config", "json"}
-    values = {k: [str(i) for i in v] if isinstance(v, list | tuple) else str(v) if isinstance(v, Path) else v
-              for k, v in context.params.items() if k not in skip and v is not None and v != ()}  # fmt: skip
+    values = {}
+    for key, parameter in _flags(context).items():
+        value = context.params.get(str(parameter.name))
+        if key == "json" or value is None or value in ((), []):
+            continue
+        if isinstance(value, list | tuple):
+            value = [item if isinstance(item, int | float) else str(item) for item in value]
+        values[key] = str(value) if isinstance(value, Path) else value
     return tomli_w.dumps(values)

@@ -12,6 +12,7 @@ import typer
 
 from hasten.cli.config import Config, method_from, recipe_from, resolved
 from hasten.cli.output import header, note, say, say_json
+from hasten.errors import SettingsError
 
 
 def train(
@@ -35,7 +36,9 @@ def train(
         float | None, typer.Option(help="Passes over the data; the same as --set epochs=N.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Key of all randomness.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all cores where not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; all cores where not given.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; the same call again continues what is there.")
@@ -54,6 +57,10 @@ def train(
 
     if threads:
         torch.set_num_threads(threads)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     methods = [method_from(text) for text in method or []]
     chosen = recipe_from(recipe, [*(set_ or []), *([f"epochs={epochs}"] if epochs is not None else [])])
     if out is None:
@@ -80,6 +87,11 @@ def train(
     (out / "config.toml").write_text(resolved(context), encoding="utf-8")
     for message in result.messages:
         note(message)
+    if not result.saved:
+        note(
+            f"error: the state of step {result.steps} is not saved; make room in {out} and give the same command"
+        )
+        raise typer.Exit(1)
     if result.stopped:
         note(f"stopped at step {result.steps} and saved; the same command continues from there")
         raise typer.Exit(128 + result.stopped)

@@ -87,8 +87,8 @@ class EarlyInstanceFiltering(Method):
         certainty.
     round_to: the counts preserved and unsure are filled up to a multiple of this with the next most likely
         (our choice: 1; torch.compile needs 16 or more, or it compiles for every count).
-    upper_quantile: losses above this quantile of a batch's known ones are labelled low, against wrong labels;
-        None is off (our choice).
+    upper_quantile: losses above this quantile of a batch's known ones teach the filter nothing and count as no
+        true highs, against wrong labels; None is off (our choice).
     filter: "auto" for the paper's network by image kind, or one of "lenet", "resnet8", "resnet10".
     scale: the filter sees images resized by this factor (our choice: 0.5; 1.0 is the paper's).
     train_every: the filter trains, and unsure samples are labelled, every so many batches (the paper: 1).
@@ -311,11 +311,14 @@ class EarlyInstanceFiltering(Method):
         losses = torch.cat([kept, pending.losses])
         if len(losses):
             high = losses >= self.threshold_
-            if self.upper_quantile is not None:
-                high &= losses <= losses.quantile(self.upper_quantile)
+            rows = torch.cat([pending.rows, pending.unsure])
             true_high = int(high[: len(kept)].sum())
+            if self.upper_quantile is not None:
+                believed = losses <= losses.quantile(self.upper_quantile)
+                true_high = int((high & believed)[: len(kept)].sum())
+                high, rows = high[believed], rows[believed]
             if pending.trains:
-                self._step_filter(pending, high)
+                self._step_filter(pending.logits[rows], high)
         else:
             true_high = 0
         self.counts_["true_high"] += true_high
@@ -328,9 +331,8 @@ class EarlyInstanceFiltering(Method):
         lower = 1.0 / self.raise_by if self.lower_by is None else self.lower_by
         self.threshold_ *= self.raise_by if share >= self.high_ratio else lower
 
-    def _step_filter(self, pending: _Pending, high: Tensor) -> None:
-        known = pending.logits[torch.cat([pending.rows, pending.unsure])]
-        each = F.cross_entropy(known, high.long(), reduction="none")
+    def _step_filter(self, logits: Tensor, high: Tensor) -> None:
+        each = F.cross_entropy(logits, high.long(), reduction="none")
         loss = (label_weights(high, self.high_ratio) * each).sum()
         if not math.isfinite(loss.item()):
             raise NonFiniteError(
