@@ -80,8 +80,23 @@ def pairs(name: str, arms: dict[str, Step], *, baseline: str, seconds: float, sm
     return result.to_json()
 
 
-def store(name: str, values: dict[str, Any], smoke: bool) -> None:
-    """Store ``values`` under ``benchmarks/results``; a smoke run stores them where nobody looks."""
+def claim(methods: str | Sequence[str], what: str, text: str, *, target: str = "", met: bool | None = None) -> dict[str, Any]:
+    """Return one measured statement for the methods' cards: what was measured, the figure, and whether it met its target."""
+    names = [methods] if isinstance(methods, str) else list(methods)
+    return {"methods": names, "what": what, "text": text, "target": target, "met": met}
+
+
+def ratio_claim(methods: str | Sequence[str], what: str, ratio: dict[str, Any], at_least: float) -> dict[str, Any]:
+    """Return the claim of a step or time ratio against its target."""
+    return claim(methods, what, ratio["text"], target=f">= {at_least:g}x", met=ratio["ratio"] >= at_least)
+
+
+def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[str, Any]] = ()) -> None:
+    """Store ``values`` and ``claims`` under ``benchmarks/results``; a smoke run stores them where nobody looks."""
+    for row in claims:
+        target = f" (target {row['target']}: {'met' if row['met'] else 'missed'})" if row["target"] else ""
+        print(f"{', '.join(row['methods']) or 'hasten'}: {row['what']}: {row['text']}{target}", flush=True)
+    values = {**values, "claims": list(claims)}
     if smoke:
         with tempfile.TemporaryDirectory() as folder:
             result_file(name, values, folder=folder)
