@@ -38,7 +38,10 @@ def main() -> int:
     for name in [options.name] if options.name else names():
         begun = time.perf_counter()
         importlib.import_module(f"benchmarks.{name}").main(options.smoke)
-        print(f"{name}: {'smoke form ' if options.smoke else ''}done in {time.perf_counter() - begun:.0f} s", flush=True)
+        print(
+            f"{name}: {'smoke form ' if options.smoke else ''}done in {time.perf_counter() - begun:.0f} s",
+            flush=True,
+        )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten import Session, method, models
+from hasten import Session, compare, method, models
+from hasten.comparison import Arm, Comparison
 from hasten.contract import Method
 from hasten.data import DataSet, load
 from hasten.measure.paired import paired_steps
@@ -28,7 +30,11 @@ def real_images(n: int, size: int = 32, classes: int = 10) -> tuple[Tensor, Tens
     """Return n real images (n, 3, size, size), normalised, and labels: Fashion-MNIST, grey repeated, resized."""
     train = load("fashion-mnist-12k").train.stratified(n)
     x = torch.from_numpy(train.pixels).permute(0, 3, 1, 2).float().div(255).sub(0.29).div(0.35)
-    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).expand(-1, 3, -1, -1).contiguous()
+    x = (
+        F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+        .expand(-1, 3, -1, -1)
+        .contiguous()
+    )
     return x, torch.from_numpy(train.labels) % classes
 
 
@@ -70,23 +76,34 @@ def strong() -> Method:
     return method("mixed_precision")
 
 
-def pairs(name: str, arms: dict[str, Step], *, baseline: str, seconds: float, smoke: bool, chunk: float = 1.0) -> dict[str, Any]:
+def pairs(name: str, arms: dict[str, Step], *, baseline: str, seconds: float, smoke: bool) -> dict[str, Any]:
     """Time the arms against ``baseline`` in interleaved chunks, print the table, and return what to store."""
-    seconds = min(seconds, 2.0) if smoke else seconds
-    result = paired_steps(arms, baseline=baseline, seconds=seconds, chunk_s=0.1 if smoke else chunk, warmup=1 if smoke else 5, seed=0)
+    chunk = (0.05, 0.2) if smoke else (0.5, 2.0)
+    result = paired_steps(
+        arms,
+        baseline=baseline,
+        seconds=1.0 if smoke else seconds,
+        chunk_s=chunk,
+        warmup=3 if smoke else 5,
+        seed=0,
+    )
     print(f"-- {name}")
-    table = result.table()
-    print(table if isinstance(table, str) else "\n".join(table), flush=True)
-    return result.to_json()
+    for line in result.table():
+        print(line, flush=True)
+    return dict(result.to_json())
 
 
-def claim(methods: str | Sequence[str], what: str, text: str, *, target: str = "", met: bool | None = None) -> dict[str, Any]:
+def claim(
+    methods: str | Sequence[str], what: str, text: str, *, target: str = "", met: bool | None = None
+) -> dict[str, Any]:
     """Return one measured statement for the methods' cards: what was measured, the figure, and whether it met its target."""
     names = [methods] if isinstance(methods, str) else list(methods)
     return {"methods": names, "what": what, "text": text, "target": target, "met": met}
 
 
-def ratio_claim(methods: str | Sequence[str], what: str, ratio: dict[str, Any], at_least: float) -> dict[str, Any]:
+def ratio_claim(
+    methods: str | Sequence[str], what: str, ratio: dict[str, Any], at_least: float
+) -> dict[str, Any]:
     """Return the claim of a step or time ratio against its target."""
     return claim(methods, what, ratio["text"], target=f">= {at_least:g}x", met=ratio["ratio"] >= at_least)
 
@@ -102,6 +119,54 @@ def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[
             result_file(name, values, folder=folder)
     else:
         print(f"stored {result_file(name, values)}")
+
+
+def to_accuracy(
+    name: str,
+    model: str,
+    data: DataSet,
+    arms: Sequence[Arm],
+    *,
+    seeds: int,
+    target: float | str,
+    smoke: bool,
+    **cut: Any,
+) -> Comparison:
+    """Run the arms to their accuracies, seeds interleaved, resuming what is stored under ``runs/benchmarks/NAME``.
+
+    A smoke run trains each arm once for a few steps on a few images.
+    """
+    if smoke:
+        cut = {**cut, "train": 320, "test": 100}
+        arms = [
+            dataclasses.replace(
+                arm, recipe=arm.recipe.with_(epochs=1.0, batch_size=min(64, arm.recipe.batch_size))
+            )
+            for arm in arms
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            return compare(
+                model,
+                data,
+                arms=arms,
+                seeds=[0],
+                target=target,
+                out=Path(folder) / name,
+                isolate=False,
+                **cut,
+            )
+
+    def tell(done: int, total: int, record: dict[str, Any]) -> None:
+        what = record["failure"] or f"{100 * record['accuracy']:.2f}% in {record['seconds_train']:.1f} s"
+        print(
+            f"{done}/{total} {record['arm']} seed {record['seed']}: {what} {record['disturbed'] or ''}",
+            flush=True,
+        )
+
+    finished = compare(model, data, arms=arms, seeds=range(seeds), target=target, out=WORK / name, title=name, tell=tell,
+                       command=f"make bench BENCH={name}", **cut)  # fmt: skip
+    print("\n".join(finished.lines()), flush=True)
+    return finished
 
 
 def cifar10() -> DataSet:

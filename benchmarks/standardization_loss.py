@@ -1,8 +1,9 @@
 """Standardization loss on MNIST: accuracy after 1000 steps without normalisation, with the loss, and with batch norm.
 
 The published protocol (Collins et al. 2019, section 4.1): a CNN of 32-16-8 filters, 5x5, stride 2, ReLU, SGD with
-learning rate 1e-3, batch 128, weight decay 4e-5, lambda 1. Pixels in [0, 1], no momentum and He's weights are our
-choice, for the paper does not say. The claim is one of steps, not of time: seconds are stored and not compared.
+learning rate 1e-3, batch 128, weight decay 4e-5, lambda 1. Pixels in [0, 1], no momentum
+and TensorFlow's default weights (Glorot, zero biases) are our choice where the paper does not say; with He's weights
+the network without normalisation does better. The claim is one of steps, not of time: seconds are stored and not compared.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ def network(arm: str, seed: int) -> nn.Module:
         layers: list[nn.Module] = []
         for c_in, c_out in ((1, 32), (32, 16), (16, 8)):
             conv = nn.Conv2d(c_in, c_out, 5, stride=2, padding=2, bias=arm == "none")
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
             layers += [conv, *([] if arm == "none" else [nn.BatchNorm2d(c_out)]), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
+        for module in model:
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return model
 
 
 def run(
@@ -73,7 +77,7 @@ def run(
         rows = order[at * BATCH : (at + 1) * BATCH]
         session.step(x[rows], y[rows], rows)
     with session.inference() as forward:
-        scores = torch.cat([forward(part) for part in test[0].split(1000)])
+        scores = torch.cat([forward(part) for part in torch.split(test[0], 1000)])
     return {
         "arm": arm,
         "seed": seed,
@@ -92,7 +96,7 @@ def main(smoke: bool = False) -> None:
             torch.from_numpy(part.pixels).permute(0, 3, 1, 2).float().div(255).contiguous(),
             torch.from_numpy(part.labels),
         )
-        for part in (data.train, data.test)
+        for part in (data.train, data.test.stratified(1000) if smoke else data.test)
     )
     steps, seeds = (30, 1) if smoke else (STEPS, SEEDS)
     path = WORK / "standardization_loss.jsonl"
@@ -108,7 +112,7 @@ def main(smoke: bool = False) -> None:
             rows.append(row)
             if not smoke:
                 append_jsonl(path, row)
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
         values = [row["accuracy"] for row in rows if row["arm"] == arm and row["steps"] == steps]
         sd = statistics.stdev(values) if len(values) > 1 else None
@@ -126,5 +130,5 @@ def main(smoke: bool = False) -> None:
     }
     print(table, verdict)
     settings = {"steps": steps, "batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "lambda": LAMBDA}
-    values = {"claim": CLAIM, "settings": settings, "rows": rows, "table": table, "verdict": verdict}
-    store("standardization_loss", values, smoke)
+    record = {"claim": CLAIM, "settings": settings, "rows": rows, "table": table, "verdict": verdict}
+    store("standardization_loss", record, smoke)

@@ -43,9 +43,20 @@ def card(name: str) -> str:
         for result, content, row in rows:
             verdict = "" if not row["target"] else f"{row['target']}: {'met' if row['met'] else 'missed'}"
             others = ", ".join(other for other in row["methods"] if other != name) or "-"
-            lines.append(f"| {row['what']} | {row['text']} | {verdict} | {others} | `make bench BENCH={result}` |")
-        facts = {(c["environment"]["cpu"], c["environment"]["threads"], c["environment"]["torch"]) for _, c, _ in rows}
-        lines += ["", *[f"On {cpu}, {threads} threads, torch {torch}." for cpu, threads, torch in sorted(facts, key=str)]]
+            lines.append(
+                f"| {row['what']} | {row['text']} | {verdict} | {others} | `make bench BENCH={result}` |"
+            )
+        facts = {
+            (c["environment"]["cpu"], c["environment"]["threads"], c["environment"]["torch"])
+            for _, c, _ in rows
+        }
+        lines += [
+            "",
+            *[
+                f"On {cpu}, {threads} threads, torch {torch}."
+                for cpu, threads, torch in sorted(facts, key=str)
+            ],
+        ]
     else:
         lines.append("Nothing yet. On a GPU: not yet measured.")
     return "\n".join(lines).rstrip() + "\n"

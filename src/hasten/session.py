@@ -338,7 +338,8 @@ class Session:
             where = f"the gradient of {bad[0]}" if bad else "a gradient"
         raise NonFiniteError(
             f"the {what} became NaN or infinite at step {self.counters['step']} (0-based), first seen in {where}. "
-            f"No weight was changed (running statistics may have seen this batch). Lower the learning rate, check the data, or resume from the last checkpoint."
+            f"No weight was changed (running statistics may have seen this batch). Lower the "
+            f"learning rate, check the data, or resume from the last checkpoint."
         )
 
 

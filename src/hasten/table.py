@@ -25,8 +25,12 @@ METHODS: dict[str, Row] = {
     "mixed_precision": Row(
         "hasten.methods.forward.mixed_precision:MixedPrecision", {"dtype": "bfloat16", "force": True}
     ),
-    "approximate_tensor_ops": Row("hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps"),
-    "error_map_pruning": Row("hasten.methods.products.error_map_pruning:ErrorMapPruning"),
+    "approximate_tensor_ops": Row(
+        "hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps", limit={"ratio": 1.0}
+    ),
+    "error_map_pruning": Row(
+        "hasten.methods.products.error_map_pruning:ErrorMapPruning", limit={"keep": 1.0}
+    ),
     "early_instance_filtering": Row(
         "hasten.methods.samples.early_instance_filtering:EarlyInstanceFiltering",
         {"warmup": 2, "min_keep": 4, "round_to": 16},

@@ -13,8 +13,8 @@ from torch.optim import SGD
 
 from hasten import keyed
 from hasten.checkpoint import pack, unpack
-from hasten.errors import NonFiniteError, SettingsError, UnsupportedError
 from hasten.contract import Batch
+from hasten.errors import NonFiniteError, SettingsError, UnsupportedError
 from hasten.methods.samples.selective_backprop import SelectiveBackprop, percentile, probabilities
 from hasten.session import Session
 
