@@ -83,6 +83,23 @@ class ForgetsOneOfTwo(Good):
         return {"steps_": max(0, self.steps_ - 1)}
 
 
+class ForgetsItsWitness(Good):
+    """Counts what it did, but starts anew in a resumed run."""
+
+    spec = spec("forgets_witness", state=("steps_",))
+
+    def attach(self, session: Session) -> Effect:
+        self._acted = 0
+        return super().attach(session)
+
+    def gradients(self) -> None:
+        super().gradients()
+        self._acted += 1
+
+    def witness(self) -> dict[str, float]:
+        return {"acted": float(self._acted)}
+
+
 class SavesAnObject(Good):
     spec = spec("saves_object", state=("steps_", "thing_"))
 
@@ -267,6 +284,7 @@ class SelectsNothing(Good):
 BROKEN: list[tuple[type[Method], str, str]] = [
     (Forgets, "resumes_bit_for_bit", "resumed at step"),
     (ForgetsOneOfTwo, "resumes_bit_for_bit", "resumed at step"),
+    (ForgetsItsWitness, "resumes_bit_for_bit", "the witness does not count"),
     (SavesAnObject, "resumes_bit_for_bit", "object"),
     (UsesTorchRandom, "deterministic_and_private", "PyTorch's global generator"),
     (UsesNumpyRandom, "deterministic_and_private", "NumPy's global generator"),
@@ -302,7 +320,9 @@ def test_a_method_that_keeps_the_contract_passes_and_the_generators_are_left_alo
     assert set(report.left_out) == {"unknown_setting_is_refused", "limit_equals_plain"}
 
 
-@pytest.mark.parametrize(("broken", "check", "reason"), BROKEN, ids=lambda v: getattr(v, "__name__", "") or str(v))
+@pytest.mark.parametrize(
+    ("broken", "check", "reason"), BROKEN, ids=lambda v: getattr(v, "__name__", "") or str(v)
+)
 def test_a_method_that_breaks_it_fails_the_right_check(broken: type[Method], check: str, reason: str) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the suite reports any error as a failed check
         BY_NAME[check](subject(broken))

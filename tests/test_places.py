@@ -114,7 +114,9 @@ def test_an_excluded_place_is_refused_with_its_reason_in_either_order() -> None:
     a = fake("sampler", {"x"}, excludes=frozenset({"batch"}), excludes_reason="Twice would bias it.")
     b = fake("cutter", {"batch"})
     for methods in ([a, b], [b, a]):
-        with pytest.raises(ConflictError, match=r"sampler cannot run with cutter.*'batch'.*Twice would bias it\."):
+        with pytest.raises(
+            ConflictError, match=r"sampler cannot run with cutter.*'batch'.*Twice would bias it\."
+        ):
             ordered(methods)
 
 

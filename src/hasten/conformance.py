@@ -230,6 +230,8 @@ def resumes_bit_for_bit(s: Subject) -> None:
         advance(again)
         wrong = differences(final, again.state_dict())
         assert not wrong, f"resumed at step {step}, the end differs at {wrong[:5]}"
+        wrong = differences(whole.witness(), again.witness())
+        assert not wrong, f"resumed at step {step}, the witness does not count what was before: {wrong}"
 
 
 def refusal_changes_nothing(s: Subject) -> None:

@@ -107,7 +107,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
     ``index_select`` of a channels_last tensor would copy to the contiguous format; images are gathered whole instead.
     """
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
     return x.index_select(0, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = []
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(default, float) and not (number and math.isfinite(value)):
+                problems.append(f"{field.name} (={value!r}) must be a finite number.")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
+            problems.append(f"batch_size (={self.batch_size!r}) must be a whole number.")
+        if problems:
+            raise SettingsError("recipe: " + " ".join(problems))
         for name, low in (("epochs", 0.0), ("lr", 0.0)):
             if not getattr(self, name) > low:
                 problems.append(f"{name} (={getattr(self, name)}) must be above {low:g}.")

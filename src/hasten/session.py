@@ -191,13 +191,14 @@ class Session:
     @contextmanager
     def inference(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Context in which the model evaluates: eval mode, no gradients, the precision of training."""
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad(), self._inside():
                 yield self.forward
         finally:
-            self.model.train(training)
+            for module, training in modes:  # not model.train(): a module frozen in eval mode stays so
+                module.training = training
 
     def witness(self) -> dict[str, dict[str, float]]:
         """Return, for each method, the counters that show that it acted."""
@@ -304,7 +305,9 @@ class Session:
         self._select, self._contexts = having("select"), having("context")
         self._terms, self._observe = having("loss_terms"), having("observe")
         self._gradients, self._after_update = having("gradients"), having("after_update")
-        backward, update = having("backward"), having("update")
+        # a class may have these two hooks for some of its settings only; the places it writes tell
+        backward = [m for m in having("backward") if "update" in m.writes]
+        update = [m for m in having("update") if "update" in m.writes]
         self._backward: Callable[[Tensor], None] = backward[0].backward if backward else Tensor.backward
         self._update: Callable[[tuple[Optimizer, ...]], None] = update[0].update if update else step_all
 

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from hasten import keyed
 from hasten.checkpoint import pack, unpack
 from hasten.errors import SettingsError, UnsupportedError
-from hasten.method import Batch
+from hasten.contract import Batch
 from hasten.methods.samples.early_instance_filtering import (
     EarlyInstanceFiltering,
     label_weights,

@@ -16,7 +16,7 @@ from hasten import keyed
 from hasten.checkpoint import pack, unpack
 from hasten.errors import NonFiniteError, SettingsError, UnsupportedError
 from hasten.loss import cross_entropy
-from hasten.method import Batch
+from hasten.contract import Batch
 from hasten.methods.samples.importance_sampling import ImportanceSampling, drawn, variance_gain
 from hasten.methods.samples.scoring import logit_gradient_norms
 from hasten.session import Session

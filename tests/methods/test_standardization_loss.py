@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from hasten import keyed, models
-from hasten.errors import ConflictError, NoEffectError, SettingsError
 from hasten.contract import Effect, Method, MethodSpec
+from hasten.errors import ConflictError, NoEffectError, SettingsError
 from hasten.methods.loss.batch_norm_removal import remove_batch_norm
 from hasten.methods.loss.standardization_loss import StandardizationLoss, divergence
 from hasten.session import Session

@@ -48,7 +48,7 @@ def _value(parameter: Any, key: str, value: Any, path: Path) -> Any:
     for item in items:
         if not isinstance(item, str | int | float) or isinstance(item, bool) != flag:
             wanted = (
-                "true or false" if flag else f"a {parameter.type.name}" + (" or a list" if several else "")
+                "true or false" if flag else "text or a number" + (", or a list of them" if several else "")
             )
             raise SettingsError(f"{path}: {key} must be {wanted}, got {item!r}.")
     return items if several else value

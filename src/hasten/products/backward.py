@@ -70,7 +70,7 @@ def _together(
     operand = _rows(seen, rows, geometry)
     if not (to_input or to_weight):
         return None, None, _spread(arithmetic.grad_bias(operand, geometry), rows, kept) if to_bias else None
-    w = kept.w if rows is None else kept.w.index_select(0, rows.index)
+    w = kept.w if rows is None else take(kept.w, 0, rows.index)
     with_bias = to_bias and to_weight  # without to_weight x may be undefined, and the op reads it for both
     mask = (to_input, to_weight, with_bias)
     grad_input, grad_weight, grad_bias = arithmetic.gradients(operand, kept.x, w, geometry, mask)
@@ -88,7 +88,7 @@ def _apart(grad_output: Tensor, kept: Kept, recipe: Recipe, geometry: Geometry, 
         seen = _transformed(grad_output, recipe, 1)
         rows = recipe.out_input(seen, kept.w) if recipe.out_input is not None else None
         if to_input:
-            w = kept.w if rows is None else kept.w.index_select(0, rows.index)
+            w = kept.w if rows is None else take(kept.w, 0, rows.index)
             kernel = recipe.grad_input_kernel or arithmetic.grad_input
             saved = Saved(kept.x, w, kept.extras)
             grad_input = kernel(_rows(seen, rows, geometry), w, geometry, saved)
@@ -98,7 +98,7 @@ def _apart(grad_output: Tensor, kept: Kept, recipe: Recipe, geometry: Geometry, 
             rows = recipe.out_weight(seen, kept.w) if recipe.out_weight is not None else None
         operand = _rows(seen, rows, geometry)
         if to_weight:
-            w = kept.w if rows is None else kept.w.index_select(0, rows.index)
+            w = kept.w if rows is None else take(kept.w, 0, rows.index)
             grad_weight, grad_bias = _weight(operand, w, kept, recipe, geometry, to_bias=to_bias)
         if to_bias and grad_bias is None:
             grad_bias = arithmetic.grad_bias(operand, geometry)
@@ -112,8 +112,8 @@ def _weight(
     x = kept.x
     batch = recipe.batch(x, operand) if recipe.batch is not None else None
     if batch is not None:
-        x = scaled(x.index_select(0, batch.index), batch.scale, 0)
-        operand = operand.index_select(0, batch.index)
+        x = scaled(take(x, 0, batch.index), batch.scale, 0)
+        operand = take(operand, 0, batch.index)
     if recipe.grad_weight_kernel is not None:
         return recipe.grad_weight_kernel(operand, x, geometry, Saved(x, w_like, kept.extras)), None
     mask = (False, True, to_bias and batch is None)  # the bias gradient sums over all examples

@@ -21,14 +21,15 @@ CAPABILITY = {"bfloat16": (8, 0), "float16": (7, 0)}
 def conv_seconds(channels_last: bool, *names: str) -> dict[str, float]:
     """Return the seconds that a 3x3 convolution, forward and backward, takes in each dtype on this CPU.
 
-    x is (16, 64, 16, 16). The dtypes take turns, and the best of five counts. About 50 ms, once per process.
+    x is (16, 64, 16, 16). The dtypes take turns, and the best of twelve counts, since other processes may
+    disturb most of them. About 100 ms, once per process.
     """
     g = keyed.generator("conv_seconds")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(16, 64, 16, 16, generator=g).to(memory_format=layout).requires_grad_()
     w = (torch.randn(64, 64, 3, 3, generator=g) / 24).to(memory_format=layout).requires_grad_()
     best = dict.fromkeys(names, float("inf"))
-    for turn in range(6):
+    for turn in range(13):
         for name in names:
             start = time.perf_counter()
             with torch.autocast("cpu", DTYPES[name]) if name != "float32" else nullcontext():

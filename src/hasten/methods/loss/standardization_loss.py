@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from hasten.errors import HastenError, UnsupportedError
 from hasten.contract import Effect, Method, MethodSpec
+from hasten.errors import HastenError, UnsupportedError
 from hasten.methods.loss.batch_norm_removal import (
     ChannelAffine,
     Trace,

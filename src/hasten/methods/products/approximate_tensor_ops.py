@@ -35,7 +35,6 @@ WRITES = {
     "blackbox": frozenset({"output"}),
 }
 STEM_CHANNELS = 4  # a layer with so few inputs reads the image's colours
-NARROW = 256  # a 1x1 convolution with fewer outputs does too little per input element to repay the selection
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,14 +49,17 @@ class ApproximateTensorOps(Method):
         samples (unbiased gradients with "crs" and "bernoulli"); "blackbox" samples output and takes the
         gradients of the full product (for analysis: it saves little).
     min_k: fewest terms (authors' code: 1; 10 in their MLPs).
+    min_macs: layers with fewer multiply-adds per input element, ``kh * kw * C_out / stride**2``, stay exact, for
+        the copy of the channels costs as much as it saves (our choice: 256, so a 1x1 convolution needs 256
+        outputs and a 3x3 one 29).
     epsilon: share of the uniform distribution in the probabilities of the random schemes (authors' code: 0.1).
     align: k is rounded up to a multiple of this, for the blocked kernels of a CPU (our choice).
     block: channels are chosen in aligned blocks of this many, or fewer where k or C is no multiple (our choice:
         4, which copies bfloat16 at memory speed in channels_last; 1 chooses single channels).
     weights_only: score by ||w[:,c]|| alone, so that all workers choose the same channels and need exchange only
         those of grad_weight (from the paper).
-    score_images: how many images, evenly spaced in the batch, the norms of x are taken from (our choice: 16;
-        None takes all).
+    score_images: how many images, evenly spaced in the batch, the norms of x are taken from (our choice: 8;
+        None takes all of all).
     explore: share of k that "topk" gives to random channels in the place of its smallest (our choice: 0.05).
         A channel that is never taken gets no gradient, and weight decay then shrinks it further.
     refresh: choose again every so many steps (our choice: 1; more only with "topk", in modes "forward" and
@@ -65,7 +67,7 @@ class ApproximateTensorOps(Method):
     start_at, stop_at: share of the run from which and up to which to act (our choice: 0.0 and 0.85). "topk"
         changes the statistics that batch norm learns; exact steps at the end bring them back.
     layers: patterns of the layers to act on, such as "layer3.*"; empty means every Conv2d and Linear that it is
-        made for, that is not the stem, not the classifier, and no 1x1 convolution with fewer than 256 outputs.
+        made for, that is not the stem, not the classifier, and has min_macs.
     skip: patterns of layers to leave exact.
 
     Random schemes choose a varying number of channels ("bernoulli") or repeat them ("crs"); they are for
@@ -76,11 +78,12 @@ class ApproximateTensorOps(Method):
     scheme: Literal["topk", "crs", "bernoulli"] = "topk"
     mode: Literal["forward", "backward", "blackbox"] = "forward"
     min_k: int = 1
+    min_macs: int = 256
     epsilon: float = 0.1
     align: int = 16
     block: int = 4
     weights_only: bool = False
-    score_images: int | None = 16
+    score_images: int | None = 8
     explore: float = 0.05
     refresh: int = 1
     start_at: float = 0.0
@@ -116,6 +119,8 @@ class ApproximateTensorOps(Method):
             found.append(f"scheme must be one of {', '.join(SCHEMES)}, not {self.scheme!r}.")
         if self.mode not in WRITES:
             found.append(f"mode must be one of {', '.join(WRITES)}, not {self.mode!r}.")
+        if not (isinstance(self.min_macs, int) and self.min_macs >= 0):
+            found.append(f"min_macs must be a whole number from 0, not {self.min_macs!r}.")
         for name in ("min_k", "align", "block", "refresh"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
@@ -170,6 +175,7 @@ class ApproximateTensorOps(Method):
             if reason is not None:
                 effect.skipped[name] = reason
                 continue
+            self._warn(name, module, width, k)
             shares[name] = self._claim(session, name, module, width, k)
             effect.touched[name] = self._note(width, k)
         if effect.touched:
@@ -205,22 +211,29 @@ class ApproximateTensorOps(Method):
         if not used:
             return "the forward pass does not run it as a module"
         if isinstance(module, nn.Linear):
-            return "it is the classifier" if classifier and not asked else None
-        assert isinstance(module, nn.Conv2d)
-        if module.groups != 1:
-            return f"its groups={module.groups} tie channels together"
-        if module.in_channels <= STEM_CHANNELS:
-            if not asked:
+            if classifier and not asked:
+                return "it is the classifier"
+            per_element = module.out_features
+        else:
+            assert isinstance(module, nn.Conv2d)
+            if module.groups != 1:
+                return f"its groups={module.groups} tie channels together"
+            if module.in_channels <= STEM_CHANNELS and not asked:
                 return f"its {module.in_channels} input channels are the image's own (the stem)"
-            if self.min_k < module.in_channels:
-                warnings.warn(
-                    f"{NAME}: layer {name!r} reads {module.in_channels} channels, and min_k={self.min_k} lets it drop "
-                    f"colours; set min_k={module.in_channels} or leave it out of `layers`.",
-                    stacklevel=2,
-                )
-        if module.kernel_size == (1, 1) and module.out_channels < NARROW and not asked:
-            return f"a 1x1 convolution with {module.out_channels} outputs (< {NARROW}) does not repay the selection"
+            per_element = module.out_channels * math.prod(module.kernel_size) // math.prod(module.stride)
+        if per_element < self.min_macs and not asked:
+            return (
+                f"its {per_element} MACs per input element do not repay the copy (min_macs={self.min_macs})"
+            )
         return None
+
+    def _warn(self, name: str, module: nn.Module, width: int, k: int) -> None:
+        if isinstance(module, nn.Conv2d) and k < width <= STEM_CHANNELS:
+            warnings.warn(
+                f"{NAME}: layer {name!r} reads {width} channels, and min_k={self.min_k} lets it drop colours; set "
+                f"min_k={width} or leave it out of `layers`.",
+                stacklevel=2,
+            )
 
     def _terms(self, module: nn.Module) -> tuple[int, int]:
         """Return (C, k) for the channels this mode chooses among."""

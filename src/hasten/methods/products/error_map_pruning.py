@@ -39,11 +39,14 @@ class ErrorMapPruning(Method):
     gamma1, gamma2: weights of the weight's and the gradient's norms (not in the paper; 0 and 1 are our choice).
     min_channels: layers with fewer output channels are left exact (our choice: 32, below which nothing is
         saved).
+    min_macs: layers with fewer multiply-adds per element of grad_output, ``C_in * kh * kw``, are left exact, for
+        the copy of the channels costs as much as it saves (our choice: 256, so a 3x3 convolution needs 29
+        input channels and a 1x1 one 256).
     round_to: the number kept is rounded up to a multiple of this (our choice: 8; 1 keeps exactly ceil(keep * n)).
     block: channels are kept in aligned blocks of this many with the largest sums of scores, or fewer where the
         number kept or n is no multiple; blocks of 4 copy bfloat16 at memory speed in channels_last (our choice:
         4; 1 is the paper's).
-    score_images: how many images, evenly spaced in the batch, the gradient's norm is taken from (our choice: 16;
+    score_images: how many images, evenly spaced in the batch, the gradient's norm is taken from (our choice: 8;
         None takes all, as in the paper).
     start_at, stop_at: share of the run from which and up to which to act (our choice: all of it).
     """
@@ -52,9 +55,10 @@ class ErrorMapPruning(Method):
     gamma1: float = 0.0
     gamma2: float = 1.0
     min_channels: int = 32
+    min_macs: int = 256
     round_to: int = 8
     block: int = 4
-    score_images: int | None = 16
+    score_images: int | None = 8
     start_at: float = 0.0
     stop_at: float = 1.0
 
@@ -81,6 +85,8 @@ class ErrorMapPruning(Method):
             found.append(
                 f"gamma1 and gamma2 must be 0 or more and not both 0, not {self.gamma1}, {self.gamma2}."
             )
+        if not (isinstance(self.min_macs, int) and self.min_macs >= 0):
+            found.append(f"min_macs must be a whole number from 0, not {self.min_macs!r}.")
         for name in ("min_channels", "round_to", "block"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
@@ -146,6 +152,9 @@ class ErrorMapPruning(Method):
             return (
                 f"it has {module.out_channels} output channels, fewer than min_channels={self.min_channels}"
             )
+        per_element = module.in_channels * math.prod(module.kernel_size)
+        if per_element < self.min_macs:
+            return f"its {per_element} MACs per element of grad_output do not repay the copy (min_macs={self.min_macs})"
         return None
 
     # -- in the step

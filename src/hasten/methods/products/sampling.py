@@ -6,7 +6,6 @@ No function draws random numbers itself; the uniform numbers u in [0, 1) are arg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,6 +124,3 @@ class Chooser:
             index = (index[:, None] * block + torch.arange(block, device=index.device)).view(-1)
             scale = None if scale is None else scale.repeat_interleave(block)
         return Selection(index, scale, block, repeats=self.scheme == "crs")
-
-
-Score = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten import keyed
 from hasten.methods.products.sampling import Chooser, Scheme
-from hasten.methods.products.scores import channel_sums
+from hasten.methods.products.scores import channel_sums, sample_norms
 from hasten.products import Geometry, Selection, arithmetic, take
 
 
@@ -91,7 +91,7 @@ class BatchRows:
         k = min(max(int(n * owner.ratio), owner.min_k), n)
         if k == n:
             return None
-        scores = channel_sums(first, 0, 2) * channel_sums(second, 0, 2)
+        scores = sample_norms(first) * sample_norms(second)
         chooser = Chooser(n, k, owner.scheme, epsilon=owner.epsilon)
         u = torch.empty(chooser.numbers, device=scores.device)
         if chooser.numbers:
@@ -99,7 +99,7 @@ class BatchRows:
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.dropped += n - k
-        return chooser.choose(scores.sqrt(), u)
+        return chooser.choose(scores, u)
 
 
 class SampledOutput:
