@@ -73,3 +73,11 @@ def test_values_that_are_not_finite_stay_in_their_channel() -> None:
     taken = take(x, 1, index)
     assert torch.isfinite(taken[:, :2]).all()
     assert torch.isinf(taken[:, 2]).all()
+
+
+def test_rows_keep_the_memory_format() -> None:
+    x = torch.randn(6, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    index = torch.tensor([0, 3, 3, 5])
+    taken = take(x, 0, index)
+    assert torch.equal(taken, x[index])
+    assert taken.is_contiguous(memory_format=torch.channels_last)

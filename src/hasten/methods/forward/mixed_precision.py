@@ -63,7 +63,7 @@ class MixedPrecision(Method):
         acts="multiplies in 16 bit, adds up in 32 bit, and lays tensors out as NHWC",
         writes=frozenset({"layout", "precision", "graph", "update"}),
         layers=("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear"),
-        state=("dtype_", "scaler_"),
+        state=("dtype_", "scaler_", "counts_"),
         slower_when="the processor has no 16-bit units (float16 on a CPU: 7 times), or the layers are small",
     )
 
@@ -224,16 +224,23 @@ class MixedPrecision(Method):
         return dict(self.counts_)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the dtype and the loss scale."""
-        return {"dtype_": self.dtype_, "scaler_": {} if self.scaler_ is None else self.scaler_.state_dict()}
+        """Return the dtype, the loss scale and the counters."""
+        scaler = {} if self.scaler_ is None else self.scaler_.state_dict()
+        return {"dtype_": self.dtype_, "scaler_": scaler, "counts_": self.counts_}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the loss scale. Raises CheckpointError if the run was in another dtype."""
+        """Take back what ``state_dict`` gave; with dtype "auto" the run's dtype wins over today's probe.
+
+        Raises CheckpointError if the run was in another dtype than the one asked for.
+        """
         if state["dtype_"] != self.dtype_:
-            raise CheckpointError(
-                f"mixed_precision: the run was in {state['dtype_']}, this machine or setting gives "
-                f"{self.dtype_}; give dtype={state['dtype_']!r} (with force=True if it is slower here)."
-            )
+            if self.dtype != "auto":
+                raise CheckpointError(
+                    f"mixed_precision: the run was in {state['dtype_']}, this machine or setting gives "
+                    f"{self.dtype_}; give dtype={state['dtype_']!r} (with force=True if it is slower here)."
+                )
+            self.dtype_ = state["dtype_"]
+        self.counts_ = dict(state["counts_"])
         if self.scaler_ is not None:
             self.scaler_.load_state_dict(state["scaler_"])
 

@@ -142,6 +142,15 @@ class S3Pool(Method):
         """Return the forward passes that layers made over random rows and columns."""
         return {"random_poolings": float(sum(int(pool.passes) for pool in self.pools_))}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the passes of each layer; the draws themselves are keyed and need no state."""
+        return {"passes": [int(pool.passes) for pool in self.pools_]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        for pool, passes in zip(self.pools_, state["passes"], strict=True):
+            pool.passes.fill_(passes)
+
     def export(self, model: nn.Module) -> None:
         """Put the evaluation rule in the place of the layers, as PyTorch's own modules.
 

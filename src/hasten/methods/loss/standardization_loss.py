@@ -109,6 +109,7 @@ class StandardizationLoss(Method):
         excludes_reason="a channel that dies away makes the standardization loss grow without bound, and it pulls "
         "the channel back.",
         layers=("Conv1d", "Conv2d", "Conv3d", "Linear"),
+        state=("counts_", "last_"),
         promises=frozenset({"autocast", "channels_last", "compile"}),
         slower_when="batch norm works: it needs fewer steps still; the gain is over a network without normalisation",
     )
