@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.common import bare_step, build, claim, pairs, real_images, session_step, store
 
 CLAIM = "a session without methods costs <= 1.02x a bare loop and computes the same bits"
-MINUTES = 4
+MINUTES = 3
 
 
 def mlp() -> nn.Module:
@@ -39,7 +39,7 @@ def main(smoke: bool = False) -> None:
         if not same:
             raise SystemExit(f"{name}: weights differ from a bare loop after 5 steps")
         arms = {"bare": bare, "session": ours}
-        results[name] = pairs(f"{name}, batch 128", arms, baseline="bare", seconds=110, smoke=smoke)
+        results[name] = pairs(f"{name}, batch 128", arms, baseline="bare", seconds=60, smoke=smoke)
         results[name]["bit_identical"] = same
         if ratio := results[name]["ratios"].get("session"):
             cost = f"{1 / ratio['ratio']:.3f}x [{1 / ratio['high']:.3f}, {1 / ratio['low']:.3f}] of a bare step, the same bits"

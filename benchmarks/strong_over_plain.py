@@ -8,7 +8,7 @@ from benchmarks.common import build, claim, pairs, ratio_claim, real_images, ses
 from hasten import method
 
 CLAIM = "strong (bf16, channels_last) against plain fp32, ResNet-18 at 32x32: >= 2.0x step"
-MINUTES = 9
+MINUTES = 6
 
 
 def main(smoke: bool = False) -> None:
@@ -25,7 +25,7 @@ def main(smoke: bool = False) -> None:
             arms["strong+compile"] = session_step(
                 build(name), x, y, [method("mixed_precision", compile=True)]
             )
-        results[name] = pairs(f"{name}, batch {batch}", arms, baseline="plain", seconds=240, smoke=smoke)
+        results[name] = pairs(f"{name}, batch {batch}", arms, baseline="plain", seconds=90, smoke=smoke)
         ratios = results[name]["ratios"]
         if "strong" in ratios:
             what = f"step over plain fp32, {name}, batch {batch}"
