@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten import Session, compare, method, models
+from hasten import Session, available, compare, method, models
 from hasten.comparison import Arm, Comparison
 from hasten.contract import Method
 from hasten.data import DataSet, load
 from hasten.measure.paired import paired_steps
 from hasten.measure.store import result_file
+from hasten.registry import method_class
 
 WORK = Path(os.environ.get("HASTEN_BENCH", "runs/benchmarks"))
 Step = Callable[[], None]
@@ -167,6 +168,39 @@ def to_accuracy(
                        command=f"make bench BENCH={name}", **cut)  # fmt: skip
     print("\n".join(finished.lines()), flush=True)
     return finished
+
+
+def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any]]:
+    """Return a claim for every method and stack of a comparison: its time to the target over strong and over plain."""
+    claims = []
+    target = f"{100 * finished.data['target']['accuracy']:.2f}%"
+    settings = finished.data["settings"]
+    for arm in finished.data["arms"]:
+        versus, plain, curve = arm["vs_strong"], arm["vs_plain"], arm["vs_curve"]
+        if arm["kind"] not in ("method", "stack") or versus is None or versus["ratio"] is None:
+            continue
+        names = [text.partition("(")[0] for text in arm["methods"]]
+        known = {method_class(name).__name__: name for name in available()}
+        span = (
+            f" [{versus['lo']:.2f}, {versus['hi']:.2f}]"
+            if versus["lo"] is not None and versus["hi"] is not None
+            else ""
+        )
+        text = f"{versus['ratio']:.2f}x{span}: {versus['verdict']}"
+        if plain and plain["ratio"]:
+            text += f"; {plain['ratio']:.2f}x over plain"
+        if curve and curve["ratio"]:
+            text += f"; {curve['ratio']:.2f}x over a strong baseline of equal accuracy"
+        if arm["accuracy"]["mean"] is not None:
+            text += f"; accuracy {100 * arm['accuracy']['mean']:.2f}%"
+        if arm["work_reduction"] is not None:
+            text += f"; {100 * arm['work_reduction']:.0f}% fewer MACs than plain"
+        what = f"time to {target}, {settings['model']} on {settings['dataset']} ({settings['train']} images)"
+        met = versus["verdict"] == "faster" and versus["ratio"] >= at_least
+        claims.append(
+            claim([known[n] for n in names], what, text, target=f">= {at_least:g}x over strong", met=met)
+        )
+    return claims
 
 
 def cifar10() -> DataSet:

@@ -1,4 +1,4 @@
-"""Write docs/methods/NAME.md for every method: what it says of itself, and what the benchmarks measured of it.
+"""Write docs/methods/NAME.md for every method, and the README's table: what the benchmarks measured.
 
 Usage: python scripts/make_cards.py [--check]     (--check only tells whether the cards are up to date)
 """
@@ -40,7 +40,7 @@ def card(name: str) -> str:
     rows = claims_of(name)
     if rows:
         lines += ["| what | measured | target | with | benchmark |", "|---|---|---|---|---|"]
-        for result, content, row in rows:
+        for result, _, row in rows:
             verdict = "" if not row["target"] else f"{row['target']}: {'met' if row['met'] else 'missed'}"
             others = ", ".join(other for other in row["methods"] if other != name) or "-"
             lines.append(
@@ -62,6 +62,27 @@ def card(name: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+BEGIN, END = "<!-- measured: written by scripts/make_cards.py -->", "<!-- end of measured -->"
+
+
+def table() -> str:
+    """Return the README's table: every claim that has a target, of every stored result."""
+    lines = [BEGIN, "| what | measured | target | benchmark |", "|---|---|---|---|"]
+    machines = set()
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        facts = content["environment"]
+        for row in content.get("claims", []):
+            if row["target"]:
+                what = f"{', '.join(row['methods']) or 'hasten'}: {row['what']}"
+                verdict = f"{row['target']}: {'met' if row['met'] else 'missed'}"
+                lines.append(f"| {what} | {row['text']} | {verdict} | `{path.stem}` |")
+                machines.add(
+                    f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['threads']} threads, torch {facts['torch']}"
+                )
+    return "\n".join([*lines, "", *[f"On {machine}." for machine in sorted(machines)], END])
+
+
 def main() -> int:
     """Write the cards, or check them; return the exit code."""
     stale = []
@@ -72,6 +93,13 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = old[: old.index(BEGIN)] + table() + old[old.index(END) + len(END) :]
+    if new != old:
+        stale.append("README.md")
+        if "--check" not in sys.argv:
+            readme.write_text(new, encoding="utf-8")
     if "--check" in sys.argv and stale:
         print(f"stale cards: {', '.join(stale)}; run python scripts/make_cards.py")
         return 1

@@ -43,24 +43,24 @@ _WHERE = {
 }
 
 __all__ = [
+    "PLAIN",
+    "STRONG",
     "Arm",
     "Batch",
     "Effect",
     "HastenError",
     "Method",
     "MethodSpec",
-    "PLAIN",
     "Recipe",
     "Result",
-    "STRONG",
     "Session",
+    "__version__",
     "available",
     "check_method",
     "check_training_state",
     "compare",
     "fit",
     "method",
-    "__version__",
 ]
 
 

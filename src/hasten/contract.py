@@ -145,6 +145,15 @@ class Method:
         """Return the settings as given, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    def __str__(self) -> str:
+        """Return the name with the settings that differ from their defaults, for people."""
+        changed = [
+            f"{f.name}={value!r}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, f.name)) != f.default
+        ]
+        return f"{self.spec.name}({', '.join(changed)})" if changed else self.spec.name
+
     # -- attaching
     def attach(self, session: Session) -> Effect:
         """Prepare to act on ``session``: claim layers, create state. Return what will be touched."""

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from hasten import models, registry
 from hasten.checkpoint import Loaded, Store
 from hasten.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.optim.ema import EMA
-from hasten.recipe import Recipe
 from hasten.session import Session
 
 
@@ -48,25 +48,19 @@ def _rebuilt(loaded: Loaded, trust_code: bool) -> tuple[nn.Module, Tensor]:
             f"cannot be built again here; export from the program that made it: fit(...).model."
         )
     net = models.from_recipe(identity["model"], trust_code=trust_code).make()
-    recipe = Recipe(**identity["recipe"] | {"augment": tuple(identity["recipe"]["augment"])})
     channels, size = identity["model"]["in_channels"], identity["model"]["image_size"]
     sample = torch.zeros(2, channels, size, size)
-    state = loaded.parts["state"]
+    trainable = [p for p in net.parameters() if p.requires_grad]
     session = Session(
-        net, recipe.optimizer(net), [method_from_json(m) for m in identity["methods"]],
+        net, SGD(trainable, lr=0.0), [method_from_json(m) for m in identity["methods"]],
         sample=(sample, torch.zeros(2, dtype=torch.int64)), seed=identity["seed"], total_samples=1, allow_no_effect=True,
     )  # fmt: skip
-    session.load_state_dict(
-        {
-            "model": loaded.parts["model"],
-            "optimizers": loaded.parts["optim"]["optimizers"],
-            "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
-            "counters": state["counters"],
-        }
-    )
-    if recipe.ema is not None:
-        ema = EMA(session.model, recipe.ema)
-        ema.load_state_dict(loaded.parts["ema"])
+    session.model.load_state_dict(loaded.parts["model"])
+    for method in session.methods:
+        method.load_state_dict(loaded.parts[f"method-{method.spec.name}"])
+    if "ema" in loaded.parts["regimen"]:
+        ema = EMA(session.model)
+        ema.load_state_dict(loaded.parts["regimen"]["ema"])
         ema.copy_to(session.model)
     return session.export(), sample
 

@@ -39,8 +39,10 @@ def uniform(samples: NDArray[np.int64], draws: int, *key: Key) -> NDArray[np.flo
     order gives the same numbers for the same sample.
     """
     with np.errstate(over="ignore"):
-        counter: NDArray[np.uint64] = samples.astype(np.uint64)[:, None] * np.uint64(draws)
-        counter = counter + np.arange(draws, dtype=np.uint64)
+        draw = np.arange(draws, dtype=np.uint64)
+        counter: NDArray[np.uint64] = np.add.outer(
+            np.multiply(samples.astype(np.uint64), np.uint64(draws)), draw
+        )
         z: NDArray[np.uint64] = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
             key64(*key)
         )

@@ -23,9 +23,9 @@ from hasten.errors import CheckpointError, HastenError
 from hasten.logs import Logs
 from hasten.loss import cross_entropy
 from hasten.measure.clock import Clock, device_sync
-from hasten.optim.ema import EMA
 from hasten.progress import Progress, silent
 from hasten.recipe import Recipe
+from hasten.regimen import regimen, whiten
 from hasten.session import Session
 
 
@@ -116,12 +116,14 @@ class _Run:
             self.test = self._loader(self.data.test, min(500, len(self.data.test)), (), shuffle=False)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
+            whiten(net, train)
+            self.regimen = regimen(recipe, net, len(self.loader), self.total)
             self.session = Session(
-                net, recipe.optimizer(net), methods, sample=(first.inputs, first.targets), seed=seed,
+                net, self.regimen.optimizers, methods, sample=(first.inputs, first.targets), seed=seed,
                 loss=cross_entropy(recipe.label_smoothing), total_samples=self.total * recipe.batch_size,
                 allow_no_effect=allow_no_effect, check_gradients=True, clock=self.clock,
             )  # fmt: skip
-            self.ema = EMA(self.session.model, recipe.ema) if recipe.ema is not None else None
+            self.regimen.attached()
             self.curve: list[tuple[float, int, float]] = []
             self.step, self.saved = 0, False
             self.identity = {
@@ -175,8 +177,7 @@ class _Run:
                 "counters": state["counters"],
             }
         )
-        if self.ema is not None:
-            self.ema.load_state_dict(loaded.parts["ema"])
+        self.regimen.load_state_dict(loaded.parts["regimen"])
         self.clock.load_state_dict(state["clock"])
         self.curve = [tuple(row) for row in state["curve"]]
         self.step = loaded.step
@@ -201,6 +202,7 @@ class _Run:
             parts: dict[str, dict[str, Any]] = {
                 "model": state["model"],
                 "optim": {"optimizers": state["optimizers"]},
+                "regimen": self.regimen.state_dict(),
                 "state": {
                     "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
                     "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
@@ -208,8 +210,6 @@ class _Run:
                 },
             }  # fmt: skip
             parts |= {f"method-{name}": value for name, value in state["methods"].items()}
-            if self.ema is not None:
-                parts["ema"] = self.ema.state_dict()
             self.saved = self.store.save(self.step, parts, self.identity) is not None
 
     # -- the loop
@@ -245,17 +245,13 @@ class _Run:
 
     def _one_step(self, inputs: Tensor, targets: Tensor, index: Tensor) -> None:
         session = self.session
-        factor = self.recipe.factor(self.step / self.total)
-        for optimizer in session.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.recipe.lr * factor
+        lr = self.regimen.before_step(self.step)
         loss = session.step(inputs, targets, index)
         self.step += 1
-        if self.ema is not None:
-            with self.clock.span("optimizer"):
-                self.ema.update(session.model)
+        with self.clock.span("optimizer"):
+            self.regimen.after_step(self.step)
         record = {"step": self.step, "samples": session.counters["streamed"], "loss": loss.item(),
-                  "lr": self.recipe.lr * factor}  # fmt: skip
+                  "lr": lr}  # fmt: skip
         self.logs.step(record)
         self.progress.step(self.step, self.total, record["loss"])
 
@@ -263,8 +259,7 @@ class _Run:
         """Return the accuracy on the test images, of the averaged weights where the recipe has them."""
         spans = self.clock.totals()
         with self.clock.span("eval"), ExitStack() as stack:
-            if self.ema is not None:
-                stack.enter_context(self.ema.applied(self.session.model))
+            stack.enter_context(self.regimen.evaluated())
             forward = stack.enter_context(self.session.inference())
             right, total_loss, count = 0, 0.0, 0
             for batch in self.test.epoch(0):
@@ -283,8 +278,8 @@ class _Run:
     def result(self, stop: StopSignal | None) -> Result:
         """Return what the run came to, with the averaged weights in the exported model."""
         spans = self.clock.totals()
-        if self.ema is not None and self.step == self.total:
-            self.ema.copy_to(self.session.model)
+        if self.step == self.total:
+            self.regimen.finish()
         return Result(
             accuracy=self.curve[-1][2] if self.curve else 0.0, seconds_train=counted(spans), spans=spans,
             curve=list(self.curve), counters=dict(self.session.counters), witness=self.session.witness(),

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from hasten.data.augment import AlternatingFlip, Crop, Cutout, Flip, Transform
 from hasten.errors import SettingsError, unknown
+from hasten.models import record_recipe
 from hasten.optim import schedules
 from hasten.optim.groups import decay_groups
 
@@ -34,6 +35,8 @@ class Recipe:
     in which it rises first. label_smoothing: of cross-entropy. augment: names in
     ``AUGMENTATIONS``; flips are left out on data they would relabel. ema: decay a step of the averaged weights that
     are evaluated at the end, or None. eval_every: epochs between evaluations; 0 for only the last.
+    record: name of a record recipe (B2, B2-small, B2-muon, ...), for record nets: optimizers, rates, schedule and
+    lookahead are then that recipe's, and lr, momentum, weight_decay, schedule, warmup and ema are not used.
     """
 
     epochs: float = 10.0
@@ -49,6 +52,7 @@ class Recipe:
     augment: tuple[str, ...] = ("crop", "flip")
     ema: float | None = None
     eval_every: float = 1.0
+    record: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -80,6 +84,8 @@ class Recipe:
             )
         if problems:
             raise SettingsError("recipe: " + " ".join(problems))
+        if self.record is not None and self.record not in record_recipe.RECIPES:
+            raise unknown("record recipe", self.record, record_recipe.RECIPES, SettingsError)
         for name in self.augment:
             if name not in AUGMENTATIONS:
                 raise unknown("augmentation", name, AUGMENTATIONS, SettingsError)
@@ -117,4 +123,14 @@ class Recipe:
 # mixed_precision() as its only method.
 PLAIN = Recipe(schedule="cosine", warmup=0.0, decay_norms=True, nesterov=False)
 STRONG = Recipe(schedule="linear", warmup=0.2, label_smoothing=0.1, ema=0.99)
-RECIPES: dict[str, Recipe] = {"plain": PLAIN, "strong": STRONG}
+# The record nets' own recipe (tier B2); the accuracy is without test-time views.
+_RECORD = Recipe(
+    epochs=9.9, batch_size=1024, label_smoothing=0.2, augment=("crop2", "alternating_flip"), record="B2"
+)
+
+RECIPES: dict[str, Recipe] = {
+    "plain": PLAIN,
+    "strong": STRONG,
+    "record": _RECORD,
+    "record-small": _RECORD.with_(epochs=8.0, batch_size=512, record="B2-small"),
+}

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 from hasten import keyed
 from hasten.checkpoint import pack, unpack
-from hasten.errors import SettingsError, UnsupportedError
 from hasten.contract import Batch
+from hasten.errors import SettingsError, UnsupportedError
 from hasten.methods.samples.early_instance_filtering import (
     EarlyInstanceFiltering,
     label_weights,

@@ -14,9 +14,9 @@ from torch.optim import SGD
 
 from hasten import keyed
 from hasten.checkpoint import pack, unpack
+from hasten.contract import Batch
 from hasten.errors import NonFiniteError, SettingsError, UnsupportedError
 from hasten.loss import cross_entropy
-from hasten.contract import Batch
 from hasten.methods.samples.importance_sampling import ImportanceSampling, drawn, variance_gain
 from hasten.methods.samples.scoring import logit_gradient_norms
 from hasten.session import Session

@@ -106,7 +106,7 @@ def compare(
          f"model {extra['model']}, data {extra['data']}")  # fmt: skip
     for arm in arms:
         tell(f"         {arm.name:24} {arm.recipe.epochs:g} epochs, batch {arm.recipe.batch_size}"
-             + "".join(f", {m!r}" for m in arm.methods))  # fmt: skip
+             + "".join(f", {m}" for m in arm.methods))  # fmt: skip
     command = " ".join(
         ["hasten", *(("compare", "--demo") if demo else ("compare", "--config", "config.toml"))]
     )

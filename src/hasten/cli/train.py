@@ -77,7 +77,7 @@ def train(
         say(f"Data   {images.name}, {len(images.train):,} train / {len(images.test):,} test, "
             f"{images.train.shape[0]}×{images.train.shape[1]}")  # fmt: skip
         for m in methods:
-            say(f"Method {m!r}")
+            say(f"Method {m}")
     progress = silent if json else for_terminal()
     try:
         result = fit(model, images, methods, recipe=chosen, seed=seed, out=out, save_every=save_every, device=device,

@@ -50,13 +50,13 @@ class Arm:
 def baselines(plain: Recipe = PLAIN, strong: Recipe = STRONG) -> list[Arm]:
     """Return the two baselines of every comparison: plain PyTorch, and the system-optimised one."""
     return [
-        Arm("plain", plain, (), "baseline", "plain PyTorch (float32)"),
+        Arm("plain", plain, (), "baseline", "plain PyTorch"),
         Arm(
             "strong",
             strong,
             (method("mixed_precision"),),
             "strong",
-            "strong (bf16, channels_last, tuned recipe)",
+            "strong (bf16, NHWC)",
         ),
     ]
 

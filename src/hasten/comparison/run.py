@@ -12,6 +12,7 @@ from torch import nn
 from hasten import keyed
 from hasten.checkpoint import claim_folder
 from hasten.comparison.arms import Arm, baselines, controls, stacks
+from hasten.comparison.noise import noise
 from hasten.comparison.summary import summarise
 from hasten.comparison.worker import Workload, fresh_process, run_arm, threads_here
 from hasten.contract import Method
@@ -57,6 +58,7 @@ def compare(
     validation: bool = False,
     threads: int | None = None,
     isolate: bool = True,
+    aa_seconds: float = 4.0,
     title: str = "",
     command: str = "",
     config_toml: str = "",
@@ -67,7 +69,7 @@ def compare(
     Without ``arms`` these run: both baselines, the strong one at ``budgets`` of its epochs, every method added to the
     strong one, all methods together, and that stack less each method. target: an accuracy in (0, 1), or "plain" or
     "strong" for that baseline's median accuracy. out: folder that keeps every finished run; the same call again runs
-    only what is missing. tell: called after every run with (done, total, record).
+    only what is missing. aa_seconds: length of the A/A test, the strong baseline's step against itself. tell: called after every run with (done, total, record).
 
     Raises ConflictError before anything runs if methods cannot be stacked, and SettingsError for a bad target.
     """
@@ -87,7 +89,9 @@ def compare(
     workload = Workload(model, data, root, train, test, validation, threads or threads_here())
     folder = claim_folder(Path(out), kind="hasten comparison") if out is not None else None
     records = run_blocks(workload, arms, seeds, folder, isolate, tell)
-    report = summarise(workload, arms, records, target=target, title=title, command=command,
+    base = next((arm for arm in arms if arm.kind == "strong"), None)
+    aa = noise(workload, base, aa_seconds) if base is not None and aa_seconds > 0 else None
+    report = summarise(workload, arms, records, target=target, title=title, command=command, aa=aa,
                        config_toml=config_toml)  # fmt: skip
     if folder is not None:
         from hasten.report import write

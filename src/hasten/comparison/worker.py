@@ -102,7 +102,8 @@ def fresh_process(workload: Workload, arm: Arm, seed: int) -> dict[str, Any]:
     starts with no caches. Raises UnsupportedError if model or data cannot be handed to another process.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["hasten.comparison.worker"])
+    # optimizers import torch._dynamo when the first is made, which takes a second that every run would pay
+    context.set_forkserver_preload(["hasten.comparison.worker", "torch._dynamo"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, workload, arm, seed), daemon=True)
     try:
