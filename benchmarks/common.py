@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten import Session, available, compare, method, models
+from hasten import Session, compare, method, models
 from hasten.comparison import Arm, Comparison
 from hasten.contract import Method
 from hasten.data import DataSet, load
 from hasten.measure.paired import paired_steps
 from hasten.measure.store import result_file
-from hasten.registry import method_class
 
 WORK = Path(os.environ.get("HASTEN_BENCH", "runs/benchmarks"))
 Step = Callable[[], None]
@@ -180,7 +179,6 @@ def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any
         if arm["kind"] not in ("method", "stack") or versus is None or versus["ratio"] is None:
             continue
         names = [text.partition("(")[0] for text in arm["methods"]]
-        known = {method_class(name).__name__: name for name in available()}
         span = (
             f" [{versus['lo']:.2f}, {versus['hi']:.2f}]"
             if versus["lo"] is not None and versus["hi"] is not None
@@ -197,9 +195,7 @@ def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any
             text += f"; {100 * arm['work_reduction']:.0f}% fewer MACs than plain"
         what = f"time to {target}, {settings['model']} on {settings['dataset']} ({settings['train']} images)"
         met = versus["verdict"] == "faster" and versus["ratio"] >= at_least
-        claims.append(
-            claim([known[n] for n in names], what, text, target=f">= {at_least:g}x over strong", met=met)
-        )
+        claims.append(claim(names, what, text, target=f">= {at_least:g}x over strong", met=met))
     return claims
 
 

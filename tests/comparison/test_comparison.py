@@ -34,7 +34,7 @@ def small_data() -> DataSet:
 
 
 def two_arms(epochs: float = 1.0) -> list[Arm]:
-    recipe = STRONG.with_(epochs=epochs, batch_size=16)
+    recipe = STRONG.with_(epochs=epochs, batch_size=16, lr=0.01)
     return [
         Arm("plain", recipe, (), "baseline"),
         Arm("strong", recipe, (method("mixed_precision", dtype="float32"),), "strong"),
@@ -86,7 +86,7 @@ def test_a_comparison_runs_stores_and_goes_on_where_it_was(tmp_path: Path) -> No
 
 def test_every_block_runs_every_arm_once_in_an_order_of_its_own() -> None:
     seen: list[tuple[int, str]] = []
-    arms = [Arm(f"arm{i}", PLAIN.with_(epochs=0.2, batch_size=16)) for i in range(4)]
+    arms = [Arm(f"arm{i}", PLAIN.with_(epochs=0.2, batch_size=16, lr=0.01)) for i in range(4)]
     records = run_blocks(Workload("lenet", small_data(), threads=1), arms, [5, 6, 7], None, False,
                          lambda d, t, r: seen.append((r["seed"], r["arm"])))  # fmt: skip
     assert [s for s, _ in seen] == [5] * 4 + [6] * 4 + [7] * 4
@@ -98,7 +98,7 @@ def test_every_block_runs_every_arm_once_in_an_order_of_its_own() -> None:
 
 
 def test_a_dead_process_is_a_failure_in_the_report_and_not_a_missing_row() -> None:
-    arm = Arm("dies", PLAIN.with_(epochs=0.2, batch_size=16))
+    arm = Arm("dies", PLAIN.with_(epochs=0.2, batch_size=16, lr=0.01))
     record = fresh_process(Workload(Dies, small_data(), threads=1), arm, 0)
     assert "killed by signal 9" in record["failure"]
     fine = {"arm": "plain", "seed": 0, "block": 0, "failure": None, "accuracy": 0.9, "seconds_train": 2.0}
@@ -179,11 +179,12 @@ def test_the_key_of_a_run_changes_with_whatever_shapes_it() -> None:
         arm.key(1, common),
         Arm("a", STRONG.with_(lr=0.3), arm.methods).key(0, common),
         Arm("a", STRONG, (method("error_map_pruning", keep=0.7),)).key(0, common),
+        Arm("b", STRONG, arm.methods).key(0, common),  # the same training twice is two runs
         arm.key(0, {**common, "threads": 7}),
         arm.key(0, {**common, "train": 10}),
     }
-    assert len(keys) == 6
-    assert Arm("b", STRONG, arm.methods, "stack").key(0, common) == arm.key(0, common)  # names shape nothing
+    assert len(keys) == 7
+    assert Arm("a", STRONG, arm.methods, "stack", "label").key(0, common) == arm.key(0, common)
 
 
 def test_stacks_are_added_one_in_and_left_one_out() -> None:

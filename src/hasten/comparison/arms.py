@@ -43,7 +43,7 @@ class Arm:
 
     def key(self, seed: int, common: dict[str, Any]) -> str:
         """Return the name under which the arm's run of ``seed`` is stored: changes with anything that shapes it."""
-        text = json.dumps({**self.describe(), "seed": seed, **common}, sort_keys=True)
+        text = json.dumps({**self.describe(), "arm": self.name, "seed": seed, **common}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

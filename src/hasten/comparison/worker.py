@@ -7,8 +7,9 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,24 @@ def fresh_process(workload: Workload, arm: Arm, seed: int) -> dict[str, Any]:
             f"name, file.py:factory or pkg.mod:factory, or compare(..., isolate=False)."
         ) from error
     theirs.close()
+    record: dict[str, Any] | None = None
     try:
-        record: dict[str, Any] = ours.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        record = {"arm": arm.name, "seed": seed, "failure": f"the run's process was {how}" if code < 0 else f"the run's process {how}"}  # fmt: skip
+        wait([ours, process.sentinel])  # the pipe alone may be held open by another process
+        if ours.poll():
+            with suppress(EOFError):
+                record = ours.recv()
     except BaseException:
         process.kill()
         raise
     process.join()
+    if record is None:
+        code = process.exitcode or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        record = {
+            "arm": arm.name,
+            "seed": seed,
+            "failure": f"the run's process {how} before it gave a result",
+        }
     return record
 
 

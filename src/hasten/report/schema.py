@@ -102,7 +102,7 @@ class Reached(TypedDict):
 
 
 class Ratio(TypedDict):
-    """A ratio with its 95% interval; where ``ratio`` is None, ``reason`` says why there is none."""
+    """A ratio with its 95% interval; where a number is None, ``reason`` says why there is none."""
 
     ratio: float | None
     lo: float | None
@@ -149,7 +149,8 @@ class Arm(TypedDict):
     """One way of training, with all its runs and what they amount to.
 
     ``kind``: "baseline" is plain PyTorch, "strong" the system-optimised baseline, "control" a baseline with
-    a shortened schedule. ``methods`` are strings that can be pasted back. ``vs_*`` are None for the arm
+    a shortened schedule. ``methods`` are names with the settings that
+    differ from the defaults. ``vs_*`` are None for the arm
     compared with itself; ``vs_curve`` is the speedup read off the shortened baselines' time/accuracy curve.
     ``work_reduction`` is the share of the plain arm's MACs that this arm did not execute (negative: it did
     more). ``witness`` counts what the methods really did ("samples skipped": 1200).

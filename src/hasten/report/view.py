@@ -150,7 +150,7 @@ def _interval(ratio: Ratio) -> str:
     return (
         f"95% interval {bracket(ratio['lo'], ratio['hi'])}"
         if ratio["lo"] is not None
-        else "one run, no interval"
+        else ratio["reason"] or "one run, no interval"
     )
 
 
@@ -209,7 +209,9 @@ def _cell(ratio: Ratio | None, itself: bool) -> tuple[str, str]:
         return ("1.00×", "") if itself else (DASH, "")
     if ratio["ratio"] is None:
         return DASH, visible(ratio["reason"] or "")
-    return times(ratio["ratio"]), bracket(ratio["lo"], ratio["hi"]) or "one run"
+    return times(ratio["ratio"]), bracket(ratio["lo"], ratio["hi"]) or (
+        "no interval" if ratio["reason"] else "one run"
+    )
 
 
 def _keys(data: ReportData, colours: dict[str, str]) -> list[dict[str, str]]:
