@@ -2,8 +2,8 @@
 
 The published protocol (Collins et al. 2019, section 4.1): a CNN of 32-16-8 filters, 5x5, stride 2, ReLU, SGD with
 learning rate 1e-3, batch 128, weight decay 4e-5, lambda 1. Pixels in [0, 1], no momentum
-and TensorFlow's default weights (Glorot, zero biases) are our choice where the paper does not say; with He's weights
-the network without normalisation does better. The claim is one of steps, not of time: seconds are stored and not compared.
+and TensorFlow's default weights (Glorot, zero biases) are our choice where the paper does not say; in a one-seed trial with He's weights
+the network without normalisation did much better, and neither the published order nor the 30 points held. The claim is one of steps, not of time: seconds are stored and not compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import WORK, store
+from benchmarks.common import WORK, claim, store
 from hasten import Session, keyed
 from hasten.contract import Method
 from hasten.data import DataSet, load
@@ -129,6 +129,11 @@ def main(smoke: bool = False) -> None:
         "at_least_30_points_above_none": means[1] - means[0] >= 30,
     }
     print(table, verdict)
+    shown = ", ".join(f"{arm} {table[arm]['mean']:.1f} %" for arm in ARMS)
+    met = verdict["ordered"] and verdict["at_least_30_points_above_none"]
+    what = f"MNIST, accuracy after {steps} steps, mean of {table['none']['n']} seeds, Glorot weights"
+    target = "none < loss < batch norm, loss 30 points above none"
+    claims = [claim("standardization_loss", what, shown, target=target, met=met)]
     settings = {"steps": steps, "batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "lambda": LAMBDA}
     record = {"claim": CLAIM, "settings": settings, "rows": rows, "table": table, "verdict": verdict}
-    store("standardization_loss", record, smoke)
+    store("standardization_loss", record, smoke, claims)
