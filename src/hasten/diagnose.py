@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
+See = Callable[[str, tuple[Any, ...], Any], None]
 
 
-@contextmanager
-def _watched(model: nn.Module, see: Callable[[str, tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Call ``see(name, inputs, output)`` for every leaf module that runs; eval mode and no gradients meanwhile."""
-    training = {m: m.training for m in model.modules()}
-    with ExitStack() as stack:
+def look(model: nn.Module, x: Tensor, see: See, kinds: tuple[type[nn.Module], ...] = (nn.Module,)) -> None:
+    """Run ``model`` on ``x`` and call ``see(name, inputs, output)`` for every module of these kinds that runs.
+
+    In eval mode and without gradients, so that neither buffers nor generators move; every module's mode is put back.
+    """
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
-            if next(module.children(), None) is None:
-                handle = module.register_forward_hook(lambda _, i, o, name=name: see(name, i, o))
-                stack.callback(handle.remove)
-        stack.callback(_set_modes, training)
+            if isinstance(module, kinds):
+                hook = module.register_forward_hook(lambda _, given, out, name=name: see(name, given, out))
+                stack.callback(hook.remove)
         model.eval()
-        with torch.no_grad():
-            yield
+        try:
+            model(x)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _is_leaf(model: nn.Module, name: str) -> bool:
+    return next(model.get_submodule(name).children(), None) is None
 
 
 def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
@@ -35,11 +40,10 @@ def layer_shapes(model: nn.Module, inputs: Tensor) -> dict[str, tuple[torch.Size
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
     def see(name: str, given: tuple[Any, ...], output: Any) -> None:
-        if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+        if _is_leaf(model, name) and given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
             shapes[name] = (given[0].shape, output.shape)
 
-    with _watched(model, see):
-        model(inputs)
+    look(model, inputs, see)
     return shapes
 
 
@@ -53,11 +57,10 @@ def first_non_finite(model: nn.Module, inputs: Tensor) -> str:
     found: list[str] = []
 
     def see(name: str, given: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and not found and not output.isfinite().all():
+        if isinstance(output, Tensor) and not found and _is_leaf(model, name) and not output.isfinite().all():
             found.append(f"layer {name or type(model).__name__} ({type(model.get_submodule(name)).__name__})")
 
-    with _watched(model, see):
-        model(inputs)
+    look(model, inputs, see)
     if found:
         return found[0]
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]

@@ -255,26 +255,42 @@ def _verdict(rows: Sequence[schema.Arm], goal: float) -> schema.Verdict:
     tried = [row for row in rows if row["kind"] in ("method", "stack")]
     faster = [row for row in tried if row["vs_strong"] and row["vs_strong"]["verdict"] == "faster"]
     real = [row for row in faster if _better_than_less(row)]
-    lead = ""
     if real:
         best = max(real, key=_over_strong)
-        return _claim(best, "vs_strong", f"{best['label']} reaches {percent} {{}} the strong baseline{{}}.")
+        return _claim(best, "vs_strong", f"{_named(best)} reaches {percent} {{}} the strong baseline{{}}.")
+    tail = ""
     if faster:
         best = max(faster, key=_over_strong)
-        lead = (
-            f"{best['label']} reaches {percent} {_over_strong(best):.2f}x sooner than the strong baseline's full "
-            f"schedule; against a strong baseline trained down to the same accuracy a gain is not shown."
+        tail = (
+            f" {_named(best)} takes {_over_strong(best):.2f}x less time than its full schedule, but a gain over the "
+            f"strong baseline is not shown at equal accuracy."
         )
     elif tried:
-        lead = f"No method was shown to reach {percent} sooner than the strong baseline here."
-    strong = next((row for row in rows if row["kind"] == "strong"), None)
-    if strong and strong["vs_plain"] and strong["vs_plain"]["verdict"] == "faster":
+        tail = " No method was shown to get there sooner than the strong baseline."
+    strong = [
+        row
+        for row in rows
+        if row["kind"] in ("strong", "control") and row["vs_plain"] and row["vs_plain"]["verdict"] == "faster"
+    ]
+    if strong:
+        best = max(strong, key=lambda row: (row["vs_plain"] or {"ratio": 0.0})["ratio"] or 0.0)
+        part = ""
+        if best["kind"] == "control":
+            part = f", trained for {best['label'].rpartition(', ')[2]},"
         return _claim(
-            strong,
-            "vs_plain",
-            f"{lead} The strong baseline reaches {percent} {{}} plain PyTorch{{}}.".strip(),
+            best, "vs_plain", f"The strong baseline{part} reaches {percent} {{}} plain PyTorch{{}}.{tail}"
         )
-    return {"sentence": lead or "Nothing was shown to be faster.", "claim": None, "ratio": None, "ci": None}
+    return {
+        "sentence": tail.strip() or "Nothing was shown to be faster.",
+        "claim": None,
+        "ratio": None,
+        "ci": None,
+    }
+
+
+def _named(row: schema.Arm) -> str:
+    label = row["label"].removeprefix("+ ")
+    return label[:1].upper() + label[1:]
 
 
 def _over_strong(row: schema.Arm) -> float:

@@ -8,7 +8,7 @@ memory as NHWC.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hasten.contract import Batch, Effect, Method, MethodSpec
+from hasten.diagnose import look
 from hasten.errors import CheckpointError, NonFiniteError
 from hasten.methods.forward.machine_dtype import DTYPES, choose_dtype
 
@@ -250,11 +251,11 @@ def _output_dtypes(model: nn.Module, x: Tensor) -> dict[str, torch.dtype]:
     """Return the dtype of the output of each product layer for one pass on ``x``."""
     seen: dict[str, torch.dtype] = {}
 
-    def see(name: str, output: Any) -> None:
+    def see(name: str, _: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor):
             seen[name] = output.dtype
 
-    _look(model, x, see, PRODUCTS)
+    look(model, x, see, PRODUCTS)
     return seen
 
 
@@ -265,29 +266,12 @@ def not_channels_last(model: nn.Module, x: Tensor) -> list[str]:
     """
     found = [f"parameter {name}" for name, p in model.named_parameters() if p.dim() == 4 and not _is_nhwc(p)]
 
-    def see(name: str, output: Any) -> None:
+    def see(name: str, _: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and not _is_nhwc(output):
             found.append(f"output of {name}")
 
-    _look(model, _nhwc(x), see, (nn.Module,))
+    look(model, _nhwc(x), see)
     return found
-
-
-def _look(
-    model: nn.Module, x: Tensor, see: Callable[[str, Any], None], kinds: tuple[type[nn.Module], ...]
-) -> None:
-    modes = {m: m.training for m in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, kinds):
-                hook = module.register_forward_hook(lambda _, __, output, name=name: see(name, output))
-                stack.callback(hook.remove)
-        model.eval()
-        try:
-            model(x)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _is_nhwc(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.contract import Effect, Method, MethodSpec
+from hasten.diagnose import look
 from hasten.errors import SettingsError, UnsupportedError
 from hasten.methods.forward.s3pool_layer import S3Pool2d, grid_for, plain_modules, valid_grids
 from hasten.surgery import replace_module
@@ -197,17 +198,7 @@ def _map_shapes(model: nn.Module, x: Tensor) -> Shapes:
         if len(given) == 1 and all(isinstance(t, Tensor) and t.dim() == 4 for t in (*given, output)):
             shapes[name] = (given[0].shape, output.shape)
 
-    modes = {m: m.training for m in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            hook = module.register_forward_hook(lambda _, given, out, name=name: see(name, given, out))
-            stack.callback(hook.remove)
-        model.eval()
-        try:
-            model(x)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    look(model, x, see)
     return shapes
 
 

@@ -110,7 +110,8 @@ class EarlyInstanceFiltering(Method):
         requires=frozenset({"per_example_loss"}),
         state=("filter_", "optimizer_", "threshold_", "recent_", "batches_", "counts_"),
         promises=frozenset({"autocast", "channels_last", "compile"}),
-        slower_when="the model is hardly larger than the filter, or noisy labels keep most losses high.",
+        slower_when="the model is hardly larger than the filter, noisy labels keep most losses high, or the run is "
+        "short: a filter that cannot predict losses yet keeps most samples, and the rest is missed.",
     )
 
     high_ratio: float = 0.3
