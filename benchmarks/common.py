@@ -192,10 +192,14 @@ def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any
         if arm["accuracy"]["mean"] is not None:
             text += f"; accuracy {100 * arm['accuracy']['mean']:.2f}%"
         if arm["work_reduction"] is not None:
-            text += f"; {100 * arm['work_reduction']:.0f}% fewer MACs than plain"
+            text += f"; {1 - arm['work_reduction']:.2f}x plain's MACs"
         what = f"time to {target}, {settings['model']} on {settings['dataset']} ({settings['train']} images)"
-        met = versus["verdict"] == "faster" and versus["ratio"] >= at_least
-        claims.append(claim(names, what, text, target=f">= {at_least:g}x over strong", met=met))
+        # training the strong baseline for less must not do as well
+        better = curve is None or curve["ratio"] is None or curve["ratio"] > 1
+        met = versus["verdict"] == "faster" and versus["ratio"] >= at_least and better
+        claims.append(
+            claim(names, what, text, target=f">= {at_least:g}x over strong, > 1x at equal accuracy", met=met)
+        )
     return claims
 
 

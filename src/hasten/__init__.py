@@ -64,7 +64,13 @@ __all__ = [
 ]
 
 
+# subpackages that users reach as attributes, such as hasten.models.build
+_PACKAGES = frozenset({"data", "measure", "models", "products", "report", "surgery"})
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"hasten.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'hasten' has no attribute {name!r}")
     value = getattr(import_module(f"hasten.{_WHERE[name]}"), name)
@@ -73,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_PACKAGES})

@@ -168,6 +168,21 @@ def test_disturbed_blocks_leave_the_ratios_and_are_named() -> None:
     assert versus is not None
     assert versus["n"] == 3
     assert versus["ratio"] == pytest.approx(2.0)
+    slow = Arm("same", STRONG)
+    again = [
+        *records,
+        *(fake("strong-0.5", s, 10.0, 0.90) for s in range(4)),
+        *(fake("same", s, 20.0, 0.92) for s in range(4)),
+    ]
+    curve = summarise(
+        Workload("lenet", small_data()),
+        [plain, strong, *controls(strong, (0.5,)), slow],
+        again,
+        target="plain",
+    )
+    at_equal = curve["arms"][-1]["vs_curve"]
+    assert at_equal is not None
+    assert at_equal["ratio"] == pytest.approx(1.0)  # the 90 s of the disturbed block are not in the yardstick
     assert data["dropped"] == [{"block": 3, "reason": "strong: other processes 40% > 5%"}]
 
 

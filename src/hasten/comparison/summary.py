@@ -69,7 +69,7 @@ def summarise(
                 "reached": _reached(accuracies, goal, len(own)),
                 "vs_plain": None if plain in (None, arm) else _versus(by_arm[plain.name], own, kept, goal),
                 "vs_strong": None if strong in (None, arm) else _versus(by_arm[strong.name], own, kept, goal),
-                "vs_curve": _against_curve(arm, arms, by_arm),
+                "vs_curve": _against_curve(arm, arms, by_arm, kept),
                 "step_ratio": None, "work_reduction": None, "witness": _witness(own),
                 "effects": _effects(own), "settings": _settings(arm),
             }
@@ -187,15 +187,17 @@ def _versus(base: Sequence[Record], own: Sequence[Record], kept: set[int], goal:
     }  # fmt: skip
 
 
-def _against_curve(arm: Arm, arms: Sequence[Arm], by_arm: dict[str, list[Record]]) -> schema.Ratio | None:
+def _against_curve(
+    arm: Arm, arms: Sequence[Arm], by_arm: dict[str, list[Record]], kept: set[int]
+) -> schema.Ratio | None:
     if arm.kind not in ("method", "stack"):
         return None
     points = []
     for point in arms:
-        good = [r for r in by_arm[point.name] if r["failure"] is None]
+        good = [r for r in by_arm[point.name] if r["failure"] is None and r["block"] in kept]
         if point.kind in ("strong", "control") and good:
             points.append(CurvePoint(point.budget, tuple(r["seconds_train"] for r in good), tuple(r["accuracy"] for r in good)))  # fmt: skip
-    own = [r for r in by_arm[arm.name] if r["failure"] is None]
+    own = [r for r in by_arm[arm.name] if r["failure"] is None and r["block"] in kept]
     if len(points) < 2 or not own:
         return {"ratio": None, "lo": None, "hi": None, "reason": "the shortened baselines were not run"}
     found = speedup_against_curve(points, [r["seconds_train"] for r in own], [r["accuracy"] for r in own])
