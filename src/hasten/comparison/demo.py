@@ -29,6 +29,6 @@ def demo_arms() -> tuple[list[Arm], dict[str, Any]]:
             base.recipe,
             (*base.methods, chosen, pruned),
             "stack",
-            "+ both",
+            "+ selective backprop, EMP",
         ),
     ], {"model": "record-small", "data": "fashion-mnist-12k", "seeds": range(3), "target": "plain"}

@@ -264,8 +264,8 @@ def _verdict(rows: Sequence[schema.Arm], goal: float) -> schema.Verdict:
     if faster:
         best = max(faster, key=_over_strong)
         tail = (
-            f" {_named(best)} takes {_over_strong(best):.2f}x less time than its full schedule, but a gain over the "
-            f"strong baseline is not shown at equal accuracy."
+            f" {_named(best)} takes {_over_strong(best):.2f}x less time than the strong baseline's full schedule, but no "
+            f"gain is shown at equal accuracy."
         )
     elif tried:
         tail = " No method was shown to get there sooner than the strong baseline."
