@@ -203,11 +203,16 @@ def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any
     return claims
 
 
+def shared_set(name: str, present: str) -> DataSet:
+    """Return the set ``name`` from HASTEN_DATA, or unpacked once (``present`` tells) from the shared data beside the project."""
+    unpack, here = Path("../shared/tools/unpack_data.py"), WORK / "data"
+    if "HASTEN_DATA" in os.environ or not unpack.exists():
+        return load(name)
+    if not (here / present).exists():
+        subprocess.run([sys.executable, unpack, here, name], check=True)
+    return load(name, here)
+
+
 def cifar10() -> DataSet:
-    """Return full CIFAR-10, from HASTEN_DATA, or unpacked from the shared data beside the project."""
-    shared, here = Path("../shared"), WORK / "data"
-    if "HASTEN_DATA" not in os.environ and (shared / "tools/unpack_data.py").exists():
-        if not (here / "cifar-10-batches-bin/test_batch.bin").exists():
-            subprocess.run([sys.executable, shared / "tools/unpack_data.py", here, "cifar10"], check=True)
-        return load("cifar10", here)
-    return load("cifar10")
+    """Return full CIFAR-10."""
+    return shared_set("cifar10", "cifar-10-batches-bin/test_batch.bin")

@@ -8,21 +8,17 @@ the network without normalisation did much better, and neither the published ord
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import WORK, claim, store
+from benchmarks.common import WORK, claim, shared_set, store
 from hasten import Session, keyed
 from hasten.contract import Method
-from hasten.data import DataSet, load
+from hasten.data import DataSet
 from hasten.measure.store import append_jsonl, read_jsonl
 from hasten.methods.loss.standardization_loss import StandardizationLoss
 
@@ -34,13 +30,8 @@ PUBLISHED = {"none": (24.6, 6.5), "standardization loss": (75.2, 2.6), "batch no
 
 
 def mnist() -> DataSet:
-    """Return MNIST, from HASTEN_DATA, or unpacked from the shared data beside the project."""
-    unpack, here = Path("../shared/tools/unpack_data.py"), WORK / "data"
-    if "HASTEN_DATA" in os.environ or not unpack.exists():
-        return load("mnist")
-    if not (here / "MNIST/raw").exists():
-        subprocess.run([sys.executable, unpack, here, "mnist"], check=True)
-    return load("mnist", here)
+    """Return full MNIST."""
+    return shared_set("mnist", "MNIST/raw")
 
 
 def network(arm: str, seed: int) -> nn.Module:

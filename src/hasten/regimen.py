@@ -20,6 +20,10 @@ class Regimen(Protocol):
 
     optimizers: tuple[Optimizer, ...]
 
+    def attached(self) -> None:
+        """Begin to average; called when methods have changed the model's parameters as they will."""
+        ...
+
     def before_step(self, step: int) -> float:
         """Set the learning rates of ``step`` and return the largest."""
         ...
@@ -122,7 +126,7 @@ class Record:
             self.training.lookahead.load_state_dict(state["record"]["lookahead"])
 
 
-def regimen(recipe: Recipe, model: nn.Module, per_epoch: int, total: int) -> Plain | Record:
+def regimen(recipe: Recipe, model: nn.Module, per_epoch: int, total: int) -> Regimen:
     """Return the run of ``recipe`` on ``model``. Raises UnsupportedError for a record recipe on another network."""
     return Plain(recipe, model, total) if recipe.record is None else Record(recipe, model, per_epoch)
 

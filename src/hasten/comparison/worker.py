@@ -19,7 +19,7 @@ from torch import nn
 from hasten.comparison.arms import Arm
 from hasten.data import DataSet, load
 from hasten.errors import HastenError, UnsupportedError
-from hasten.loop import counted, fit
+from hasten.loop import fit
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run_arm(workload: Workload, arm: Arm, seed: int, out: Path | None = None) ->
                      device=workload.device, out=out)  # fmt: skip
         record |= {
             "accuracy": result.accuracy, "curve": [list(row) for row in result.curve], "spans": result.spans,
-            "counters": result.counters, "witness": result.witness, "seconds_train": counted(result.spans),
+            "counters": result.counters, "witness": result.witness, "seconds_train": result.seconds_train,
             "effects": {name: {"touched": e.touched, "skipped": e.skipped, "saves": e.saves, "work": e.work}
                         for name, e in result.effects.items()},
         }  # fmt: skip
