@@ -17,7 +17,7 @@ def main(smoke: bool = False) -> None:
         PLAIN.with_(epochs=1.0, eval_every=0.0), STRONG.with_(epochs=1.0, lr=0.2, eval_every=0.0)
     )
     base = both[1]
-    inputs, errors = method("approximate_tensor_ops"), method("error_map_pruning")
+    inputs, errors = method("approximate_tensor_ops"), method("error_map_pruning", stop_at=0.85)
     arms = [
         *both,
         *controls(base, (0.5, 0.7)),
