@@ -124,6 +124,7 @@ class _Run:
                 allow_no_effect=allow_no_effect, check_gradients=True, clock=self.clock,
             )  # fmt: skip
             self.regimen.attached()
+            self.session.on_restart.append(self.regimen.restart)
             self.curve: list[tuple[float, int, float]] = []
             self.step, self.saved = 0, False
             self.identity = {

@@ -24,6 +24,10 @@ class Regimen(Protocol):
         """Begin to average; called when methods have changed the model's parameters as they will."""
         ...
 
+    def restart(self) -> None:
+        """Forget what was averaged so far; called when a method changes what the network computes in training."""
+        ...
+
     def before_step(self, step: int) -> float:
         """Set the learning rates of ``step`` and return the largest."""
         ...
@@ -60,6 +64,10 @@ class Plain:
     def attached(self) -> None:
         """Begin to average; called when methods have changed the model's parameters as they will."""
         self.ema = EMA(self.model, self.recipe.ema) if self.recipe.ema is not None else None
+
+    def restart(self) -> None:
+        if self.ema is not None:
+            self.ema.restart(self.model)
 
     def before_step(self, step: int) -> float:
         lr = self.recipe.lr * self.recipe.factor(step / self.total)
@@ -103,6 +111,9 @@ class Record:
 
     def attached(self) -> None:
         """Nothing is left to do: lookahead has its copy of the weights."""
+
+    def restart(self) -> None:
+        """Lookahead pulls the weights themselves, so nothing old is evaluated."""
 
     def before_step(self, step: int) -> float:
         self.training.before_step(min(step, self.training.total_steps - 1))

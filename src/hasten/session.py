@@ -63,6 +63,7 @@ class Session:
         self.effects: dict[str, Effect] = {}
         self.methods = [copy.copy(m) for m in ordered(methods)]
         self._edits: list[Callable[[], None]] = []
+        self.on_restart: list[Callable[[], None]] = []
 
         check_training_state(self.model, self.optimizers)
         self._attach(allow_no_effect)
@@ -92,6 +93,15 @@ class Session:
     def replace(self, name: str, new: nn.Module) -> None:
         """Put ``new`` in the place of the submodule ``name`` once every method has attached."""
         self.edit(lambda: void(replace_module(self.model, name, new)))
+
+    def restart_averages(self) -> None:
+        """Have averages of the weights begin anew: a method has changed what the network computes in training.
+
+        Running statistics from before would otherwise be averaged with those from after. Who keeps an average puts a
+        callback into ``on_restart``.
+        """
+        for restart in self.on_restart:
+            restart()
 
     @property
     def progress(self) -> float:

@@ -110,15 +110,18 @@ def test_label_weights_sum_to_one_and_balance_the_labels(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("min_keep", "round_to"), [(0, 1), (8, 1), (0, 16), (20, 8), (500, 7)])
-def test_preserved_rows_are_the_most_likely_ones(seed: int, min_keep: int, round_to: int) -> None:
+@pytest.mark.parametrize(
+    ("least", "most", "round_to"),
+    [(0, 64, 1), (8, 64, 1), (0, 64, 16), (20, 64, 8), (500, 64, 7), (4, 20, 1), (4, 20, 8)],
+)
+def test_preserved_rows_are_the_most_likely_ones(seed: int, least: int, most: int, round_to: int) -> None:
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(64, 2, generator=g) + torch.tensor([seed / 3, 1.0])
-    rows = preserved(logits, min_keep, round_to)
+    rows = preserved(logits, least, most, round_to)
     high = set((logits[:, 1] > logits[:, 0]).nonzero().flatten().tolist())
-    assert high <= set(rows.tolist())
-    assert len(rows) == 64 or (len(rows) >= min_keep and len(rows) % round_to == 0)
-    assert len(rows) < max(len(high), min_keep, 1) + round_to
+    assert high <= set(rows.tolist()) or len(high) > most
+    assert len(rows) == 64 or (len(rows) >= least and len(rows) % round_to == 0)
+    assert len(rows) < max(min(len(high), most), least, 1) + round_to
     assert torch.equal(rows, rows.unique()), "ascending, each row once"
     p_high = logits.softmax(1)[:, 1]
     left_out = torch.ones(64, dtype=torch.bool).scatter_(0, rows, False)
@@ -130,7 +133,7 @@ def test_preserved_rows_are_the_most_likely_ones(seed: int, min_keep: int, round
 def test_unsure_rows_are_those_of_high_entropy_among_the_dropped(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(64, 2, generator=g)
-    rows = preserved(logits, 0, 1)
+    rows = preserved(logits, 0, 64, 1)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     expected = {i for i in range(64) if i not in rows.tolist() and entropy[i] > 0.6}
     assert set(uncertain(logits, rows, 0.6, 1).tolist()) == expected
@@ -168,7 +171,11 @@ def run_controller(
     ratio: float, batches: int, decay: float = 1.0
 ) -> tuple[EarlyInstanceFiltering, list[float]]:
     method = with_oracle(
-        told(EarlyInstanceFiltering(high_ratio=ratio, scale=1.0, warmup=0, min_keep=0, first_threshold=2.3))
+        told(
+            EarlyInstanceFiltering(
+                high_ratio=ratio, scale=1.0, warmup=0, min_keep=0, min_share=0.0, first_threshold=2.3
+            )
+        )
     )
     g, shares = torch.Generator().manual_seed(int(100 * ratio)), []
     for step in range(batches):
@@ -229,7 +236,7 @@ def test_first_threshold_is_the_loss_of_an_untrained_model() -> None:
 
 def pessimist(use_uncertain: bool, bias: float = 0.2, min_keep: int = 0) -> EarlyInstanceFiltering:
     """Return a method whose filter starts by calling everything low; brightness tells the loss."""
-    session = told(EarlyInstanceFiltering(warmup=0, min_keep=min_keep, use_uncertain=use_uncertain, filter="lenet",
+    session = told(EarlyInstanceFiltering(warmup=0, min_keep=min_keep, min_share=0.0, use_uncertain=use_uncertain, filter="lenet",
                                           scale=1.0, filter_lr=0.02, first_threshold=1.0, raise_by=1.02))  # fmt: skip
     method = only(session)
     head = method.filter_.fc3
@@ -259,6 +266,33 @@ def test_unsure_samples_bring_the_filter_back() -> None:
     assert kept_share(pessimist(use_uncertain=True), 500, 100) == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("min_share", "max_share", "kept"), [(None, 1.0, 0.3), (0.5, 1.0, 0.5), (0.0, 1.0, 0.0)]
+)
+def test_a_filter_that_calls_nothing_high_cannot_starve_the_model(
+    min_share: float | None, max_share: float, kept: float
+) -> None:
+    method = EarlyInstanceFiltering(
+        warmup=0, min_keep=0, min_share=min_share, max_share=max_share, first_threshold=1.0
+    )
+    session = on_images(method)
+    acting = session.methods[0]
+    with torch.no_grad():
+        acting.filter_.fc.bias.copy_(torch.tensor([9.0, -9.0]))
+    x, y = images(16, 0)
+    session.step(x, y, torch.arange(16))
+    assert session.counters["backward"] == -(-16 * kept // 1)
+
+
+def test_max_share_bounds_what_a_filter_that_calls_everything_high_keeps() -> None:
+    session = on_images(EarlyInstanceFiltering(warmup=0, max_share=0.5, first_threshold=1.0))
+    with torch.no_grad():
+        session.methods[0].filter_.fc.bias.copy_(torch.tensor([-9.0, 9.0]))
+    x, y = images(16, 0)
+    session.step(x, y, torch.arange(16))
+    assert session.counters["backward"] == 8
+
+
 def test_min_keep_brings_back_even_a_certain_filter() -> None:
     sure = pessimist(use_uncertain=True, bias=4.0)
     assert kept_share(sure, 100, 100) == 0.0
@@ -286,7 +320,8 @@ def test_losses_above_the_upper_quantile_teach_nothing() -> None:
 def test_warmup_trains_on_everything_and_is_at_most_a_tenth_of_the_run() -> None:
     for total, expected in ((None, 6), (16 * 30, 3)):
         session = on_images(
-            EarlyInstanceFiltering(warmup=6, min_keep=0, first_threshold=1.0), total_samples=total
+            EarlyInstanceFiltering(warmup=6, min_keep=0, min_share=0.0, first_threshold=1.0),
+            total_samples=total,
         )
         plain = on_images(None)
         for step in range(expected):
@@ -331,7 +366,7 @@ def test_running_statistics_are_those_of_the_preserved_samples() -> None:
 
 
 def test_counters_agree_with_the_session() -> None:
-    session = on_images(EarlyInstanceFiltering(warmup=2, min_keep=2))
+    session = on_images(EarlyInstanceFiltering(warmup=2, min_keep=2, min_share=0.0))
     forwards = 0
 
     def count(module: nn.Module, given: tuple[Tensor], _: Tensor) -> None:
@@ -350,7 +385,9 @@ def test_counters_agree_with_the_session() -> None:
 
 
 def test_an_empty_selection_skips_the_update() -> None:
-    session = on_images(EarlyInstanceFiltering(warmup=0, min_keep=0, first_threshold=1.0, entropy=0.0))
+    session = on_images(
+        EarlyInstanceFiltering(warmup=0, min_keep=0, min_share=0.0, first_threshold=1.0, entropy=0.0)
+    )
     method = only(session)
     assert isinstance(method.filter_, ResNet)
     with torch.no_grad():
@@ -366,7 +403,10 @@ def test_an_empty_selection_skips_the_update() -> None:
 
 
 def test_everything_kept_is_plain_training() -> None:
-    plain, filtering = on_images(None), on_images(EarlyInstanceFiltering(warmup=0, min_keep=16))
+    plain, filtering = (
+        on_images(None),
+        on_images(EarlyInstanceFiltering(warmup=0, min_keep=16, min_share=0.0)),
+    )
     for session in (plain, filtering):
         for step in range(5):
             session.step(*images(16, step))
@@ -400,7 +440,7 @@ def test_resume_keeps_the_same_samples_bit_for_bit(memory_format: torch.memory_f
         return out
 
     def fresh() -> Session:
-        return on_images(EarlyInstanceFiltering(warmup=4, raise_by=1.02, min_keep=2), seed=5)
+        return on_images(EarlyInstanceFiltering(warmup=4, raise_by=1.02, min_keep=2, min_share=0.0), seed=5)
 
     whole = fresh()
     run(whole, 0, 20)

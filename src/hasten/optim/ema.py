@@ -39,6 +39,13 @@ class EMA:
             average.lerp_(fast[key].to(average.device), 1 - decay)
 
     @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Forget the past: the average is the model's present tensors."""
+        self.updates = 0
+        for key, value in float_tensors(model).items():
+            self.average[key].copy_(value)
+
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Write the average into ``model``."""
         target = float_tensors(model)

@@ -288,16 +288,28 @@ class ApproximateTensorOps(Method):
 
     def _prepare(self) -> None:
         session = self._session
-        on = inside(session, self.start_at, self.stop_at)
-        if on != self._on:
-            self._on = on
-            for plan in self._plans.values():
-                plan.activate(NAME, on)
+        if (
+            self._follow_window()
+            and self.mode != "backward"
+            and self.ratio < 1.0
+            and session.counters["step"]
+        ):
+            session.restart_averages()  # outputs, and so running statistics, have another scale from here on
         self.step = session.counters["step"]
-        if on and self._noise.numel():
+        if self._on and self._noise.numel():
             self._noise.uniform_(
                 generator=keyed.generator(session.seed, NAME, self.step, device=self._noise.device)
             )
+
+    def _follow_window(self) -> bool:
+        """Turn the claims on or off as the schedule says; return whether that was a change."""
+        on = inside(self._session, self.start_at, self.stop_at)
+        if on == self._on:
+            return False
+        self._on = on
+        for plan in self._plans.values():
+            plan.activate(NAME, on)
+        return True
 
     @property
     def seed(self) -> int:
@@ -337,6 +349,11 @@ class ApproximateTensorOps(Method):
         """Return the counters and, where choices last several steps, the choices."""
         self._collect()
         return {"counts_": dict(self.counts_), "chosen_": self.chosen_}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        self._follow_window()  # where the run already was, which is no change of what averages saw
 
 
 def terms(width: int, ratio: float, min_k: int, align: int) -> int:

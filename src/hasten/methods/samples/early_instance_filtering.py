@@ -43,19 +43,16 @@ def uncertain(logits: Tensor, taken: Tensor, entropy: float, round_to: int) -> T
     return doubt.topk(count).indices.sort().values
 
 
-def preserved(logits: Tensor, min_keep: int, round_to: int) -> Tensor:
-    """Return the rows to train on, ascending: those predicted high, topped up with the next most likely ones.
+def preserved(logits: Tensor, least: int, most: int, round_to: int) -> Tensor:
+    """Return the rows to train on, ascending: those predicted high, between ``least`` and ``most`` of them.
 
-    The count is at least ``min_keep`` and a multiple of ``round_to``, as far as there are rows; no predicted
-    high is left out.
+    Where the prediction gives fewer or more, the most likely ones are taken. The count is filled up to a multiple of
+    ``round_to`` as far as there are rows.
     """
     margin = logits[:, HIGH] - logits[:, LOW]
-    rows = (margin > 0).nonzero().flatten()
-    wanted = max(len(rows), min_keep)
+    wanted = min(max(int((margin > 0).sum()), least), max(most, least))
     wanted = min(len(margin), -(-wanted // round_to) * round_to)
-    if wanted > len(rows):
-        rows = margin.topk(wanted).indices.sort().values
-    return rows
+    return margin.topk(wanted).indices.sort().values
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,9 +79,12 @@ class EarlyInstanceFiltering(Method):
         a tenth of the run where ``total_samples`` is known (our choice: 200).
     use_uncertain: whether unsure samples are labelled. Without them the filter never sees what it wrongly
         dropped.
-    min_keep: samples trained on at least, the next most likely ones added (our choice: 8; 0 lets a step be
-        skipped). Batch norm needs some, and they bring a filter back that calls everything low with
-        certainty.
+    min_share: share of the stream trained on at least, the next most likely ones added; None is R_set, for that many
+        true highs are wanted (our choice). A filter that cannot tell samples apart yet calls now all and now none of
+        them high; without this bound the model then takes full steps on a handful of samples.
+    max_share: share of the stream trained on at most, the most likely ones kept (our choice: 1.0, no bound).
+    min_keep: samples trained on at least (our choice: 8; with min_share=0, 0 lets a step be skipped). Batch norm needs
+        some, and they bring a filter back that calls everything low with certainty.
     round_to: the counts preserved and unsure are filled up to a multiple of this with the next most likely
         (our choice: 1; torch.compile needs 16 or more, or it compiles for every count).
     upper_quantile: losses above this quantile of a batch's known ones teach the filter nothing and count as no
@@ -122,6 +122,8 @@ class EarlyInstanceFiltering(Method):
     first_threshold: float | None = None
     warmup: int = 200
     use_uncertain: bool = True
+    min_share: float | None = None
+    max_share: float = 1.0
     min_keep: int = 8
     round_to: int = 1
     upper_quantile: float | None = None
@@ -149,6 +151,12 @@ class EarlyInstanceFiltering(Method):
             found.append(
                 f"first_threshold must be above 0, or None for ln(classes), not {self.first_threshold}."
             )
+        if self.min_share is not None and not 0 <= self.min_share <= 1:
+            found.append(f"min_share must lie in [0, 1], or be None for high_ratio, not {self.min_share}.")
+        if not 0 < self.max_share <= 1:
+            found.append(f"max_share must lie in (0, 1], not {self.max_share}.")
+        elif self.min_share is not None and self.min_share > self.max_share:
+            found.append(f"min_share ({self.min_share}) must not be above max_share ({self.max_share}).")
         if self.upper_quantile is not None and not 0 < self.upper_quantile < 1:
             found.append(f"upper_quantile must lie between 0 and 1, or be None, not {self.upper_quantile}.")
         if self.filter not in ("auto", *FILTERS):
@@ -227,7 +235,7 @@ class EarlyInstanceFiltering(Method):
         logits = self._judge(batch.inputs, trains)
         seen = logits.detach()
         everything = torch.arange(len(batch), device=seen.device)
-        rows = everything if warming else preserved(seen, self.min_keep, self.round_to)
+        rows = everything if warming else preserved(seen, *self._bounds(len(batch)), self.round_to)
         pending = _Pending(logits, rows, len(batch), trains)
         if not warming:
             self.counts_["judged"] += len(batch)
@@ -286,6 +294,11 @@ class EarlyInstanceFiltering(Method):
         if self.batches_ >= self.warmup:
             return False
         return self._session.total_samples is None or self._session.progress <= 0.1
+
+    def _bounds(self, streamed: int) -> tuple[int, int]:
+        """Return how many of a batch are trained on at least and at most."""
+        share = min(self.high_ratio, self.max_share) if self.min_share is None else self.min_share
+        return max(self.min_keep, math.ceil(share * streamed)), math.floor(self.max_share * streamed)
 
     def _judge(self, images: Tensor, trains: bool) -> Tensor:
         """Return the filter's logits (N, 2) in float32, with their graph where it trains on this batch."""
