@@ -21,6 +21,7 @@ from hasten.places import PLACES
 
 if TYPE_CHECKING:
     from hasten.session import Session
+    from hasten.surgery import Change
 
 Promise = Literal["autocast", "channels_last", "compile", "ddp"]
 
@@ -116,7 +117,8 @@ class Method:
     """Base class of all methods. Subclass it as ``@dataclass(kw_only=True, eq=False)`` and override what you need.
 
     Hooks that are not overridden cost nothing: a session collects the overridden ones once. In the order of a step:
-    ``select``, ``context``, ``observe``, ``loss_terms``, ``backward``, ``gradients``, ``update``, ``after_update``.
+    ``select``, ``context``, ``blend_loss``, ``loss_terms``, ``observe``, ``backward``, ``gradients``, ``update``, ``after_update``.
+    Only in ``after_update`` and ``start_epoch`` may a method change the network's structure, by ``session.surgery``.
     """
 
     spec: ClassVar[MethodSpec]
@@ -178,6 +180,14 @@ class Method:
     def observe(self, batch: Batch, outputs: Tensor, losses: Tensor | None) -> None:
         """See the detached outputs and per-example losses (N,) of the batch that trains."""
 
+    def blend_loss(self, batch: Batch, outputs: Tensor, loss: Tensor) -> Tensor:
+        """Return the loss to train on in the place of ``loss``; only the method that writes "loss.blend" is asked.
+
+        outputs: the network's for this batch, with their graph. loss: that of the labels, the weighted mean where
+        ``batch.weights`` are given. The terms of other methods are added to what it returns.
+        """
+        return loss
+
     def loss_terms(self) -> Tensor:
         """Return a scalar to add to the loss of this step."""
         raise NotImplementedError
@@ -198,6 +208,9 @@ class Method:
 
     def start_epoch(self, epoch: int) -> None:
         """Act at the start of an epoch (0-based)."""
+
+    def reshaped(self, change: Change) -> None:
+        """Follow a change of the network's structure: what is kept by channel or layer must be that of the new one."""
 
     # -- evidence and state
     def witness(self) -> dict[str, float]:

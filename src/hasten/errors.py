@@ -42,6 +42,22 @@ class CheckpointError(HastenError):
     """A checkpoint is missing, damaged or belongs to another recipe."""
 
 
+class SurgeryError(HastenError):
+    """A change of the network's structure did not happen; the network is as it was."""
+
+
+class UnsupportedSurgeryError(SurgeryError):
+    """This network, layer or optimizer cannot be changed in this way."""
+
+
+class OverPruneError(SurgeryError):
+    """A change would leave a layer without channels or a stage without blocks."""
+
+
+class SurgeryDesyncError(SurgeryError):
+    """The ranks of a distributed run asked for different changes."""
+
+
 def unknown(
     kind: str, given: str, allowed: Iterable[str], error: type[HastenError] = UnknownName
 ) -> HastenError:

@@ -17,6 +17,7 @@ from hasten import models, registry
 from hasten.checkpoint import Loaded, Store
 from hasten.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.optim.ema import EMA
+from hasten.places import PLACES
 from hasten.session import Session
 
 
@@ -50,11 +51,15 @@ def _rebuilt(loaded: Loaded, trust_code: bool) -> tuple[nn.Module, Tensor]:
     net = models.from_recipe(identity["model"], trust_code=trust_code).make()
     channels, size = identity["model"]["in_channels"], identity["model"]["image_size"]
     sample = torch.zeros(2, channels, size, size)
+    # methods that act only on the batch, the loss or the update have left nothing in the network
+    methods = [m for m in map(method_from_json, identity["methods"])
+               if any(PLACES[p].stage not in ("batch", "loss", "update") for p in m.writes)]  # fmt: skip
     trainable = [p for p in net.parameters() if p.requires_grad]
     session = Session(
-        net, SGD(trainable, lr=0.0), [method_from_json(m) for m in identity["methods"]],
+        net, SGD(trainable, lr=0.0), methods,
         sample=(sample, torch.zeros(2, dtype=torch.int64)), seed=identity["seed"], total_samples=1, allow_no_effect=True,
     )  # fmt: skip
+    session.surgery.replay(loaded.parts["state"].get("structure", []))
     session.model.load_state_dict(loaded.parts["model"])
     for method in session.methods:
         method.load_state_dict(loaded.parts[f"method-{method.spec.name}"])

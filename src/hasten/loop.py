@@ -125,6 +125,7 @@ class _Run:
             )  # fmt: skip
             self.regimen.attached()
             self.session.on_restart.append(self.regimen.restart)
+            self.session.surgery.followers.append(self.regimen.reshaped)
             self.curve: list[tuple[float, int, float]] = []
             self.step, self.saved = 0, False
             self.identity = {
@@ -176,6 +177,7 @@ class _Run:
                 "optimizers": loaded.parts["optim"]["optimizers"],
                 "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
                 "counters": state["counters"],
+                "structure": state.get("structure", []),
             }
         )
         self.regimen.load_state_dict(loaded.parts["regimen"])
@@ -207,7 +209,7 @@ class _Run:
                 "state": {
                     "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
                     "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
-                    "logs": logged,
+                    "logs": logged, "structure": state["structure"],
                 },
             }  # fmt: skip
             parts |= {f"method-{name}": value for name, value in state["methods"].items()}

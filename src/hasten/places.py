@@ -45,11 +45,12 @@ PLACES: dict[str, Place] = {
     "grad_weight": Place("products", "layer", "the kernel of grad_weight = x * grad_output"),
     "saved": Place("products", "layer", "how a layer's input is stored until backward"),
     "loss.weights": Place("loss", "one", "the weight of each sample in the loss"),
+    "loss.blend": Place("loss", "one", "what the loss of the labels is blended with"),
     "loss.terms": Place("loss", "many", "terms added to the loss"),
     "losses": Place("loss", "many", "the loss of each sample"),
     "gradients": Place("update", "many", "changes of the parameter gradients"),
     "update": Place("update", "one", "when and how the optimizer steps"),
-    "structure": Place("between", "many", "the shape of the network"),
+    "structure": Place("between", "one", "the shape of the network"),
 }
 _ORDER = {name: position for position, name in enumerate(PLACES)}
 

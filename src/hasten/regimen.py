@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from hasten.data import Images, Loader
 from hasten.models import record_recipe
+from hasten.optim.average import float_tensors
 from hasten.optim.ema import EMA
 from hasten.recipe import Recipe
+from hasten.surgery import Change
 
 
 class Regimen(Protocol):
@@ -26,6 +28,10 @@ class Regimen(Protocol):
 
     def restart(self) -> None:
         """Forget what was averaged so far; called when a method changes what the network computes in training."""
+        ...
+
+    def reshaped(self, change: Change) -> None:
+        """Let averages follow a change of the network's structure."""
         ...
 
     def before_step(self, step: int) -> float:
@@ -69,6 +75,10 @@ class Plain:
         if self.ema is not None:
             self.ema.restart(self.model)
 
+    def reshaped(self, change: Change) -> None:
+        if self.ema is not None:
+            self.ema.average = change.follow(self.ema.average, float_tensors(self.model))
+
     def before_step(self, step: int) -> float:
         lr = self.recipe.lr * self.recipe.factor(step / self.total)
         for group in self.optimizers[0].param_groups:
@@ -104,6 +114,7 @@ class Record:
 
     def __init__(self, recipe: Recipe, model: nn.Module, per_epoch: int) -> None:
         assert recipe.record is not None
+        self.model = model
         self.training = record_recipe.make(
             model, per_epoch, recipe.epochs, base=recipe.record, reduction="mean"
         )
@@ -114,6 +125,11 @@ class Record:
 
     def restart(self) -> None:
         """Lookahead pulls the weights themselves, so nothing old is evaluated."""
+
+    def reshaped(self, change: Change) -> None:
+        ahead = self.training.lookahead
+        if ahead is not None:
+            ahead.slow = change.follow(ahead.slow, float_tensors(self.model))
 
     def before_step(self, step: int) -> float:
         self.training.before_step(min(step, self.training.total_steps - 1))

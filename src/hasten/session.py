@@ -21,7 +21,7 @@ from hasten.measure.clock import Clock
 from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
 from hasten.products import Plan, install, planned, uninstall
-from hasten.surgery import check_training_state, replace_module
+from hasten.surgery import Change, Surgeon, check_training_state, replace_module
 
 
 class Session:
@@ -63,11 +63,14 @@ class Session:
         self.effects: dict[str, Effect] = {}
         self.methods = [copy.copy(m) for m in ordered(methods)]
         self._edits: list[Callable[[], None]] = []
+        self._wraps: list[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = []
         self.on_restart: list[Callable[[], None]] = []
 
         check_training_state(self.model, self.optimizers)
+        self.surgery = Surgeon(self.model, self.optimizers, sample[0])
         self._attach(allow_no_effect)
         self._collect_hooks()
+        self.surgery.followers.append(self._reshaped)
         self.model.train()
 
     # -- what methods use while they attach
@@ -102,6 +105,11 @@ class Session:
         """
         for restart in self.on_restart:
             restart()
+
+    def wrap(self, around: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> None:
+        """Have the model called through ``around(model)``, now and whenever its structure has changed."""
+        self._wraps.append(around)
+        self.forward = around(self.forward)
 
     @property
     def progress(self) -> float:
@@ -155,13 +163,17 @@ class Session:
         counters["backward"] += len(batch.inputs)
         if self.check_gradients:
             self._check_gradients(batch)
-        for method in self._gradients:
-            method.gradients()
+        if self._gradients:
+            with clock.span("method"):
+                for method in self._gradients:
+                    method.gradients()
         with clock.span("optimizer"):
             self._update(self.optimizers)
         counters["updates"] += 1
-        for method in self._after_update:
-            method.after_update()
+        if self._after_update:
+            with clock.span("method"):
+                for method in self._after_update:
+                    method.after_update()
         return loss.detach()
 
     def _forward_loss(self, batch: Batch) -> Tensor:
@@ -176,6 +188,9 @@ class Session:
             if self._per_example and self._observe:
                 with torch.no_grad():
                     each = self.loss(outputs, batch.targets, reduction="none")
+        for method in self._blend:
+            with self.clock.span("method"):
+                loss = method.blend_loss(batch, outputs, loss)
         for method in self._terms:
             loss = loss + method.loss_terms()
         if self._observe:
@@ -189,8 +204,9 @@ class Session:
     def start_epoch(self, epoch: int) -> None:
         """Tell the methods that epoch ``epoch`` (0-based) begins."""
         self.counters["epoch"] = epoch
-        for method in self.methods:
-            method.start_epoch(epoch)
+        with self.clock.span("method"):
+            for method in self.methods:
+                method.start_epoch(epoch)
 
     def end_epoch(self) -> None:
         """Train on what methods still hold in queues."""
@@ -222,6 +238,7 @@ class Session:
             "optimizers": [named_state(o, self.model) for o in self.optimizers],
             "methods": {m.spec.name: m.state_dict() for m in self.methods},
             "counters": dict(self.counters),
+            "structure": self.surgery.records(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +253,8 @@ class Session:
             raise HastenError(
                 f"the state holds {len(state['optimizers'])} optimizers, this session has {len(self.optimizers)}."
             )
+        # the structure comes first: what was saved has its shapes
+        self.surgery.replay(state.get("structure", []))
         self._check_fits(state["model"])
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -297,6 +316,7 @@ class Session:
             raise
         for change in self._edits:
             change()
+        self.surgery.forget()
         check_training_state(self.model, self.optimizers)
 
     def _agreed(self, method: Method, allow_no_effect: bool) -> Effect:
@@ -308,11 +328,33 @@ class Session:
             )
         return effect
 
+    def _reshaped(self, change: Change) -> None:
+        """Bring everything that hangs on the model's structure in step with a change of it."""
+        wrapper = self.wrapper
+        if isinstance(
+            wrapper, DistributedDataParallel
+        ):  # its buckets are cut by the parameters it was made with
+            # newer versions of PyTorch warn when this is given at all
+            buffers: dict[str, Any] = {} if wrapper.broadcast_buffers else {"broadcast_buffers": False}
+            self.wrapper = DistributedDataParallel(
+                self.model, device_ids=wrapper.device_ids, process_group=wrapper.process_group,
+                static_graph=wrapper.static_graph, find_unused_parameters=wrapper.find_unused_parameters,
+                gradient_as_bucket_view=wrapper.gradient_as_bucket_view, **buffers,
+            )  # fmt: skip
+        if self._wraps or self.wrapper is not wrapper:
+            self.forward = self.wrapper
+            for around in self._wraps:
+                self.forward = around(self.forward)
+        for method in self.methods:
+            if overrides(method, "reshaped"):
+                method.reshaped(change)
+
     def _collect_hooks(self) -> None:
         def having(hook: str) -> list[Method]:
             return [m for m in self.methods if overrides(m, hook)]
 
         self._select, self._contexts = having("select"), having("context")
+        self._blend = [m for m in having("blend_loss") if "loss.blend" in m.writes]
         self._terms, self._observe = having("loss_terms"), having("observe")
         self._gradients, self._after_update = having("gradients"), having("after_update")
         # a class may have these two hooks for some of its settings only; the places it writes tell

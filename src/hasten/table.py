@@ -45,5 +45,31 @@ METHODS: dict[str, Row] = {
         "hasten.methods.samples.importance_sampling:ImportanceSampling", {"tau_th": 0.05}, {"tau_th": 1e9}
     ),
     "standardization_loss": Row("hasten.methods.loss.standardization_loss:StandardizationLoss"),
+    "knowledge_distillation": Row(
+        "hasten.methods.loss.knowledge_distillation:KnowledgeDistillation", {"at": 0.3}, {"soft_weight": 0.0}
+    ),
+    "prunetrain": Row(
+        "hasten.methods.structure.prunetrain:PruneTrain",
+        {"interval": 1, "lam": 0.1, "tau": 0.05, "min_channels": 16},
+        {"r": 0.0, "lam": None},
+    ),
+    "net2net": Row(
+        "hasten.methods.structure.net2net:Net2Net",
+        {"narrow": 0.5, "at": (0.25, 0.6)},
+        {"narrow": 1.0, "widen": 2.0, "at": (1.0,)},
+    ),
+    "resrep": Row(
+        "hasten.methods.structure.resrep:ResRep",
+        {
+            "target": 0.5,
+            "lam": 0.1,
+            "momentum": 0.9,
+            "every": 4,
+            "granularity": 1000,
+            "warmup": 0.0,
+            "threshold": 0.9999,
+            "relative": True,
+        },
+    ),
     "s3pool": Row("hasten.methods.forward.s3pool:S3Pool"),
 }

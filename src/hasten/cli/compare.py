@@ -10,12 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli.config import Config, method_from, recipe_from, resolved
-from hasten.cli.output import header, note, say
+from hasten.cli.output import header, note, say, visible
+from hasten.errors import SettingsError
 
 
 def compare(
     context: typer.Context,
     demo: Annotated[bool, typer.Option(help="Compare on built-in images in about two minutes.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="The demo with one run of each arm, in about 40 seconds: no claims."),
+    ] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="The demo with five runs of each arm, in about three minutes.")
+    ] = False,
     model: Annotated[
         str, typer.Option(help="Name, file.py:factory, pkg.mod:factory, torchvision:NAME or timm:NAME.")
     ] = "resnet8",
@@ -75,8 +83,11 @@ def compare(
 
     changed = [f"epochs={epochs}"] if epochs is not None else []
     extra: dict[str, Any] = {}
+    if (quick or thorough) and (not demo or (quick and thorough)):
+        raise SettingsError("--quick and --thorough are two forms of --demo; give --demo with one of them.")
     if demo:
         arms, extra = demo_arms()
+        extra["seeds"] = range(1 if quick else 5 if thorough else 3)
         title = "hasten demo"
     else:
         both = baselines(
@@ -99,7 +110,12 @@ def compare(
         name = "demo" if demo else "compare"
         out = Path("runs") / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
     quiet = json is not None and str(json) == "-"
-    tell = note if quiet else say
+    printed: list[str] = []
+
+    def tell(line: str) -> None:
+        printed.append(line)
+        (note if quiet else say)(line)
+
     tell(f"{header()}  ·  run: {out}")
     total = len(arms) * len(extra.get("seeds", range(3)))
     tell(f"Plan   {len(arms)} arms × {len(extra['seeds'])} seeds = {total} runs, interleaved; "
@@ -108,17 +124,22 @@ def compare(
         tell(f"         {arm.name:24} {arm.recipe.epochs:g} epochs, batch {arm.recipe.batch_size}"
              + "".join(f", {m}" for m in arm.methods))  # fmt: skip
     command = " ".join(
-        ["hasten", *(("compare", "--demo") if demo else ("compare", "--config", "config.toml"))]
+        ["hasten", "compare", *(_demo_flags(quick, thorough) if demo else ("--config", "config.toml"))]
     )
     finished = run(**extra, arms=arms, threads=threads, out=out, title=title, command=command,
                    config_toml=resolved(context), tell=_Told(tell))  # fmt: skip
     assert finished.folder is not None
-    (finished.folder / "config.toml").write_text(resolved(context), encoding="utf-8")
     for line in finished.lines():
         tell(line)
     tell(
         f"Report {finished.folder / 'report.html'}   (open it)      Next: hasten compare --data FOLDER --model resnet18"
     )
+    for file, text in (
+        ("config.toml", resolved(context)),
+        ("env.json", json_.dumps(finished.data["environment"], indent=2) + "\n"),
+        ("log.txt", visible("\n".join(printed)) + "\n"),
+    ):
+        (finished.folder / file).write_text(text, encoding="utf-8")
     if json is not None:
         text = (finished.folder / "report.json").read_text(encoding="utf-8")
         if quiet:
@@ -127,6 +148,10 @@ def compare(
             json.write_text(text, encoding="utf-8")
     if all(run["failure"] for arm in finished.data["arms"] for run in arm["runs"]):
         raise typer.Exit(1)
+
+
+def _demo_flags(quick: bool, thorough: bool) -> tuple[str, ...]:
+    return ("--demo", *(("--quick",) if quick else ()), *(("--thorough",) if thorough else ()))
 
 
 class _Told:
@@ -151,8 +176,6 @@ class _Told:
 
 
 def _number(text: str) -> float:
-    from hasten.errors import SettingsError
-
     try:
         return float(text)
     except ValueError as error:

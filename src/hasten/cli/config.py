@@ -95,7 +95,7 @@ def settings_from(text: str, what: str) -> dict[str, Any]:
 def _split(text: str) -> Iterable[str]:
     depth, start = 0, 0
     for i, c in enumerate(text):
-        depth += (c in "[(") - (c in "])")
+        depth += (c in "[({") - (c in "])}")
         if c == "," and depth == 0:
             yield text[start:i]
             start = i + 1

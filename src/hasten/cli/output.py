@@ -10,14 +10,19 @@ from typing import Any
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def visible(text: str) -> str:
+    """Return ``text`` without control characters, which names from files could carry; line ends stay."""
+    return _CONTROL.sub("�", text)
+
+
 def say(text: str = "") -> None:
-    """Print a line for a person, without control characters that names from files could carry."""
-    print(_CONTROL.sub("�", text), flush=True)
+    """Print a line for a person."""
+    print(visible(text), flush=True)
 
 
 def note(text: str) -> None:
     """Print a line on standard error."""
-    print(_CONTROL.sub("�", text), file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def say_json(value: Any) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.models.geometry import Geometry, conv1x1, conv3x3, he_init
+
+if TYPE_CHECKING:
+    from hasten.surgery.labels import Array
+    from hasten.surgery.trace import Follower
 
 
 class PadShortcut(nn.Module):
@@ -20,13 +25,26 @@ class PadShortcut(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.width = stride, c_out
         self.before = (c_out - c_in) // 2
         self.after = c_out - c_in - self.before
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, c_in, H, W) to (N, c_out, ceil(H/stride), ceil(W/stride))."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+    def follow_channels(self, follow: Follower, name: str, labels: Array) -> Array:
+        """Say how channels pass: new ones (zeros) before and after those of the input."""
+        around = [follow.labels.fresh(count, name) for count in (self.before, self.after)]
+        result = np.concatenate([around[0], labels, around[1]])
+        follow.slot(name, "pad", result)
+        return result
+
+    def cut_channels(self, role: str, index: Array) -> None:
+        """Keep the output channels ``index`` (ascending); those that are padded are counted anew."""
+        end = self.width - self.after
+        self.width = len(index)
+        self.before, self.after = int((index < self.before).sum()), int((index >= end).sum())
 
     def extra_repr(self) -> str:
         """Show the stride and the channels added."""

@@ -101,7 +101,8 @@ def _values(ratio: Ratio) -> list[float]:
 
 
 def _said(ratio: Ratio) -> str:
-    return f"{times(ratio['ratio'])} {bracket(ratio['lo'], ratio['hi']) or 'one run'}"
+    missing = "no interval" if ratio["reason"] else "one run"
+    return f"{times(ratio['ratio'])} {bracket(ratio['lo'], ratio['hi']) or missing}"
 
 
 def _mark(ratio: Ratio, across: Scale, y: float, kind: str, words: str) -> Markup:

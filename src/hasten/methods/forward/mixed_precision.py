@@ -23,6 +23,7 @@ from hasten.methods.forward.machine_dtype import DTYPES, choose_dtype
 
 if TYPE_CHECKING:
     from hasten.session import Session
+    from hasten.surgery import Change
 
 PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 SMALLEST_SCALE = 2.0**-16  # 32 halvings below the first scale: no overflow, the gradients are broken
@@ -168,9 +169,14 @@ class MixedPrecision(Method):
                     effect.skipped.setdefault(name, "falls back to NCHW here, at the cost of a copy")
             self.counts_[f"forward_{self.dtype_}"] = 0
         if self.compile:
-            session.forward = torch.compile(session.wrapper)
+            session.wrap(torch.compile)
         if self.dtype_ != "float32":
-            session.forward = _with_float32_outputs(session.forward)
+            session.wrap(_with_float32_outputs)
+
+    def reshaped(self, change: Change) -> None:
+        """Drop what was compiled for the old shapes, or many changes would exhaust the number of recompilations."""
+        if self.compile:
+            torch.compiler.reset()
 
     # -- in the step
     def select(self, batch: Batch) -> Batch:

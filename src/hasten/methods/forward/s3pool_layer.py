@@ -113,6 +113,8 @@ class S3Pool2d(nn.Module):
     cols: Tensor
     passes: Tensor
 
+    passes_channels = True  # for surgery: channel i in is channel i out
+
     def __init__(
         self,
         p: int,
@@ -147,7 +149,7 @@ class S3Pool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, C, H/p, W/p)."""
-        if not self.training:
+        if not self.training or x.is_meta:  # without data there is nothing to draw for
             return average(x, self.p, author_compat=self.author_compat)
         size = (x.shape[0] if self.per_sample else 1, x.shape[2], x.shape[3])
         if size != self.size or self.rows.numel() == 0:

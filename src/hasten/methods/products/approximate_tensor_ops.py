@@ -27,6 +27,7 @@ from hasten.products import supported
 
 if TYPE_CHECKING:
     from hasten.session import Session
+from hasten.surgery import Change
 
 NAME = "approximate_tensor_ops"
 WRITES = {
@@ -154,13 +155,28 @@ class ApproximateTensorOps(Method):
         ``total_samples``, ConflictError where another method has the place.
         """
         check_window(NAME, session, self.start_at, self.stop_at)
+        self._check_patterns([name for name, _ in session.layers(nn.Conv2d, nn.Linear)])
+        self._session = session
+        self.counts_ = {"steps": 0, "products_shrunk": 0, "terms_dropped": 0}
+        effect = self._claim_layers(session)
+        self._prepare()
+        return effect
+
+    def reshaped(self, change: Change) -> None:
+        """Claim the layers anew, with the widths they have now."""
+        self._collect()
+        for plan in self._plans.values():
+            plan.release(NAME)
+        self._session.effects[NAME] = self._claim_layers(self._session)
+        self._follow_window()
+
+    def _claim_layers(self, session: Session) -> Effect:
+        """Claim every layer that is worth it."""
         found = session.layers(nn.Conv2d, nn.Linear)
-        self._check_patterns([name for name, _ in found])
-        self._session, self._on = session, True
+        self._on = True
         self._plans: dict[str, Any] = {}
         self._channels: dict[str, Channels] = {}
         self._rows: dict[str, BatchRows] = {}
-        self.counts_ = {"steps": 0, "products_shrunk": 0, "terms_dropped": 0}
         effect = Effect(saves="arithmetic of the products, and the saved copy of the channels left out")
         shapes = session.shapes()
         classifier = next((name for name, m in reversed(found) if isinstance(m, nn.Linear)), None)
@@ -188,7 +204,6 @@ class ApproximateTensorOps(Method):
         for channels in self._channels.values():
             channels.noise = self._noise[at : at + channels.chooser.numbers]
             at += channels.chooser.numbers
-        self._prepare()
         return effect
 
     def _check_patterns(self, names: list[str]) -> None:

@@ -22,6 +22,7 @@ from hasten.products import Selection, supported
 
 if TYPE_CHECKING:
     from hasten.session import Session
+from hasten.surgery import Change
 
 NAME = "error_map_pruning"
 
@@ -107,10 +108,22 @@ class ErrorMapPruning(Method):
         the place.
         """
         check_window(NAME, session, self.start_at, self.stop_at)
-        self._session, self._on = session, True
+        self._session = session
+        self.counts_ = {"steps": 0, "products_shrunk": 0, "channels_dropped": 0}
+        return self._claim_layers(session)
+
+    def reshaped(self, change: Change) -> None:
+        """Claim the layers anew, with the widths they have now."""
+        self._collect()
+        for plan in self._plans.values():
+            plan.release(NAME)
+        self._session.effects[NAME] = self._claim_layers(self._session)
+
+    def _claim_layers(self, session: Session) -> Effect:
+        """Claim every layer that is wide enough."""
+        self._on = True
         self._plans: dict[str, Any] = {}
         self._pieces: list[_LargestErrors] = []
-        self.counts_ = {"steps": 0, "products_shrunk": 0, "channels_dropped": 0}
         effect = Effect(saves="arithmetic of grad_input and grad_weight")
         shapes = session.shapes()
         shares: dict[str, float] = {}
