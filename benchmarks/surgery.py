@@ -46,7 +46,7 @@ def surgery_times(smoke: bool) -> list[float]:
     """Return the seconds of single surgeries on a ResNet-50 in training, of one channel in one layer each."""
     model = build("resnet8" if smoke else "resnet50")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    x, y = real_images(2)
+    x, y = real_images(20)
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
