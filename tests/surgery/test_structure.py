@@ -222,9 +222,10 @@ def test_a_failure_in_the_middle_puts_everything_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr(apply, "settle", fails)
     real = hand._rehearse
 
-    def rehearsed(*args: object, **kwargs: object) -> None:
-        real(*args, **kwargs)
+    def rehearsed(*args: object, **kwargs: object) -> object:
+        done = real(*args, **kwargs)
         fails.armed = True
+        return done
 
     monkeypatch.setattr(hand, "_rehearse", rehearsed)
     with pytest.raises(RuntimeError, match="on purpose"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -19,9 +20,10 @@ def check_training_state(model: nn.Module, optimizers: Optimizer | Sequence[Opti
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"] if p.requires_grad]
-    missing = [name for key, name in names.items() if key not in held]
+    times = Counter(held)
+    missing = [name for key, name in names.items() if key not in times]
     orphans = sum(key not in names for key in held)
-    twice = [names[key] for key in set(held) if held.count(key) > 1 and key in names]
+    twice = [names[key] for key, count in times.items() if count > 1 and key in names]
     problems = []
     if missing:
         problems.append(f"the optimizer does not hold {', '.join(missing)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from hasten.errors import HastenError, SurgeryDesyncError, UnsupportedSurgeryErr
 from hasten.surgery import apply
 from hasten.surgery.blocks import branches, dropped
 from hasten.surgery.builders import build
-from hasten.surgery.change import Change, names, reshape_step, swap_step
+from hasten.surgery.change import Change, Step, names, reshape_step, swap_step
 from hasten.surgery.edits import DropBlock, Edit, Insert, RemoveChannels, Replace, Widen, from_json, to_json
 from hasten.surgery.parameters import check_training_state
 from hasten.surgery.reshape import Reshape, removal, widening
@@ -40,6 +42,9 @@ class Surgeon:
         self.followers: list[Callable[[Change], None]] = []
         self.log: list[tuple[Edit, ...]] = []
         self._channels: Channels | None = None
+        self._stand_in: nn.Module | None = (
+            None  # a copy without data in the present structure, kept for the next
+        )
 
     @property
     def channels(self) -> Channels:
@@ -50,7 +55,7 @@ class Surgeon:
 
     def forget(self) -> None:
         """Trace anew when asked next: to be called when modules were changed by other hands."""
-        self._channels = None
+        self._channels = self._stand_in = None
 
     def blocks(self) -> list[str]:
         """Return the names of the residual blocks whose branch can be dropped."""
@@ -59,7 +64,8 @@ class Surgeon:
     def plan(self, edits: Iterable[Edit]) -> list[str]:
         """Return in words what ``edits`` would do, tensor by tensor, without doing it. Raises as `apply` does."""
         lines: list[str] = []
-        self._rehearse(tuple(edits), lines, dry_run=True)
+        for part, new, _ in self._rehearse(tuple(edits), dry_run=True).steps:
+            lines += [*(str(edit) for edit in part), *([] if new is None else new.lines())]
         return lines
 
     def apply(self, edits: Iterable[Edit], *, dry_run: bool = True) -> Change | None:
@@ -75,19 +81,18 @@ class Surgeon:
         if not wanted:
             return None
         self._agree(wanted)
-        self._rehearse(wanted, [], dry_run=dry_run)
+        done = self._rehearse(wanted, dry_run=dry_run)
         kept = apply.Snapshot(self.model, self.optimizers)
-        traced = self._channels
         change = Change(wanted)
         try:
-            for part in _parts(wanted):
-                self._carry_out(self.model, self.optimizers, part, change)
+            for part, new, channels in done.steps:
+                change.steps.append(self._carry_out(self.model, self.optimizers, part, new, channels))
             if self.optimizers:
                 check_training_state(self.model, self.optimizers)
         except BaseException:
             kept.restore()
-            self._channels = traced
             raise
+        self._channels, self._stand_in = done.channels, done.stand_in
         self.log.append(wanted)
         for follower in self.followers:
             follower(change)
@@ -114,66 +119,62 @@ class Surgeon:
             self.apply([from_json(record) for record in transaction], dry_run=False)
 
     # -- inside
-    def _rehearse(self, edits: Part, lines: list[str], *, dry_run: bool) -> None:
+    def _rehearse(self, edits: Part, *, dry_run: bool) -> Rehearsal:
         """Carry out ``edits`` on a copy without data, and run it."""
-        traced = self.channels
-        stand_in = twin(self.model)
-        change = Change(edits)
-        try:
-            for part in _parts(edits):
-                lines += [str(edit) for edit in part]
-                self._carry_out(stand_in, (), part, change, lines)
-            if dry_run:
-                self._run_dry(stand_in)
-        finally:
-            self._channels = traced
+        channels = self.channels
+        stand_in = twin(self.model) if self._stand_in is None else self._stand_in
+        self._stand_in = None  # it is ahead of the model from here on
+        steps: list[tuple[Part, Reshape | None, Channels]] = []
+        for part in _parts(edits):
+            new = _reshape(channels, stand_in, part)
+            self._carry_out(stand_in, (), part, new, channels)
+            steps.append((part, new, channels))
+            if new is not None and isinstance(part[0], RemoveChannels):
+                channels = after_removal(channels, new)
+            else:
+                channels = follow(stand_in, self.sample)
+        if dry_run:
+            self._run_dry(stand_in)
+        return Rehearsal(steps, channels, stand_in)
 
     def _run_dry(self, model: nn.Module) -> None:
         model.train()
-        for module in model.modules():
-            if (
-                getattr(module, "momentum", 0.0) is None
-            ):  # a cumulative average reads a counter, which has no data
-                module.momentum = 0.1  # type: ignore[assignment]
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.forward = partial(_passed_on, norm)  # type: ignore[method-assign]
         before = self.sample.shape
         try:
             with torch.enable_grad():
                 result = model(self.sample)
                 result.float().sum().backward()
+            model.zero_grad()
         except Exception as error:  # anything the user's forward can do
             raise UnsupportedSurgeryError(
                 f"the changed network does not run on inputs of shape {tuple(before)}: {error}. A size written in "
                 f"forward is the usual reason; write it from the tensor's shape, or leave these layers out."
             ) from error
+        finally:
+            for norm in norms:
+                del norm.forward
 
-    def _carry_out(self, model: nn.Module, optimizers: Sequence[Optimizer], part: Part, change: Change,
-                   lines: list[str] | None = None) -> None:  # fmt: skip
-        first = part[0]
-        if isinstance(first, RemoveChannels | Widen):
-            channels = self.channels
-            if isinstance(first, Widen):
-                new = widening(channels, model, first)
-            else:
-                new = removal(channels, model, [e for e in part if isinstance(e, RemoveChannels)])
-            if lines is not None:
-                lines += new.lines()
+    def _carry_out(self, model: nn.Module, optimizers: Sequence[Optimizer], part: Part, new: Reshape | None,
+                   channels: Channels) -> Step:  # fmt: skip
+        """Change ``model``, traced as ``channels``, by one part of a transaction; ``new`` if it is one of widths."""
+        if new is not None:
             apply.reshape(model, optimizers, new)
-            change.steps.append(reshape_step(new))
-            self._channels = None if isinstance(first, Widen) else after_removal(channels, new)
-            if self._channels is None:
-                self._retrace(model)
-            return
-        was = names(model)
+            return reshape_step(new)
+        first, was = part[0], names(model)
         if isinstance(first, DropBlock):
-            known = branches(self.channels.graph, model)
+            known = branches(channels.graph, model)
             if first.block not in known:
                 raise unknown("residual block", first.block, known, UnsupportedSurgeryError)
             branch = known[first.block]
             made = dropped(model, branch)
             if first.block not in made and not branch.identity:
+                kind = type(model.get_submodule(first.block)).__name__
                 raise UnsupportedSurgeryError(
-                    f"the branch of {first.block!r} cannot be dropped: its class {type(model.get_submodule(first.block)).__name__} "
-                    f"is not known, and its shortcut changes the shape. Only branches beside a plain shortcut can go."
+                    f"the branch of {first.block!r} cannot be dropped: its class {kind} is not known, and its shortcut "
+                    f"changes the shape. Only branches beside a plain shortcut can go."
                 )
             apply.swap(model, optimizers, made)
         elif isinstance(first, Insert):
@@ -182,11 +183,7 @@ class Surgeon:
         elif isinstance(first, Replace):
             self._module_of(model, first.name)
             apply.swap(model, optimizers, {first.name: self._made(model, first)})
-        change.steps.append(swap_step(was, names(model)))
-        self._retrace(model)
-
-    def _retrace(self, model: nn.Module) -> None:
-        self._channels = follow(model, self.sample)
+        return swap_step(was, names(model))
 
     @staticmethod
     def _module_of(model: nn.Module, name: str) -> nn.Module:
@@ -219,6 +216,34 @@ class Surgeon:
                 f"rank {dist.get_rank()} wants to change the network in another way than other ranks: {text[:200]}. "
                 f"Decide from what all ranks share (weights after the update, the seed), not from local data."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """What a transaction will do: its parts with their changes of widths and the trace before each, and the end."""
+
+    steps: list[tuple[Part, Reshape | None, Channels]]
+    channels: Channels
+    stand_in: nn.Module
+
+
+def _passed_on(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """Return a tensor of the shape that batch norm gives ``x``, or fail where it would.
+
+    On tensors without data PyTorch takes batch norm apart in Python, which is most of a dry run's time.
+    """
+    if x.shape[1] != norm.num_features:
+        raise RuntimeError(f"a batch norm of {norm.num_features} channels was given {x.shape[1]}")
+    return x.clone()  # what follows may write into it
+
+
+def _reshape(channels: Channels, model: nn.Module, part: Part) -> Reshape | None:
+    """Return the change of widths that ``part`` is, or None if it changes modules."""
+    if isinstance(part[0], Widen):
+        return widening(channels, model, part[0])
+    if isinstance(part[0], RemoveChannels):
+        return removal(channels, model, [e for e in part if isinstance(e, RemoveChannels)])
+    return None
 
 
 def _parts(edits: Sequence[Edit]) -> list[Part]:
