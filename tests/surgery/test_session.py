@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -180,10 +179,7 @@ def test_fit_with_averaged_weights_resumes_across_a_cut(tmp_path: Path) -> None:
     from hasten.data import load
 
     data = load("fashion-mnist-12k")
-    data = copy.replace(data) if hasattr(copy, "replace") else data
-    small = type(data)(
-        **{**vars(data), "train": data.train.stratified(320), "test": data.test.stratified(100)}
-    )
+    small = replace(data, train=data.train.stratified(320), test=data.test.stratified(100))
 
     def run(out: Path, stop: int | None = None) -> Any:
         class Stop(Exception):

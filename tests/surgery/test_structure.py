@@ -179,6 +179,21 @@ def test_an_inserted_identity_changes_nothing_and_joins_the_right_groups() -> No
         assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
 
 
+def test_a_new_first_layer_joins_the_groups_of_its_kinds() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4096, 2)
+    )
+    heavy = [p for p in model.parameters() if p.dim() > 1]
+    light = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = SGD([{"params": heavy, "weight_decay": 0.1}, {"params": light, "weight_decay": 0.0}], lr=0.1)
+    Surgeon(model, (optimizer,), images(2, torch.float32)).apply(
+        [Replace("0", "identity_conv", {"channels": 3})]
+    )
+    check_training_state(model, optimizer)
+    for group in optimizer.param_groups:
+        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
+
+
 def test_an_inserted_residual_block_gives_zero_and_learns() -> None:
     model, x = net("resnet18").eval(), images()
     before = model(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hasten.errors import UnsupportedSurgeryError
-from hasten.surgery.parameters import adopt, release
+from hasten.surgery.parameters import adopt, release, replace_module
 from hasten.surgery.reshape import Reshape, moved
 
 STATE_POWERS = {
@@ -111,9 +111,7 @@ def swap(model: nn.Module, optimizers: Sequence[Optimizer], new: dict[str, nn.Mo
     """
     before = {id(p): p for p in model.parameters()}
     for name, module in new.items():
-        parent, _, attribute = name.rpartition(".")
-        module.train(model.training)
-        setattr(model.get_submodule(parent), attribute, module)
+        replace_module(model, name, module)
     settle(model, optimizers, before)
 
 
@@ -150,9 +148,9 @@ def settle(model: nn.Module, optimizers: Sequence[Optimizer], before: dict[int, 
     for parameter in model.parameters():
         if id(parameter) in before:
             last[parameter.dim() > 1] = parameter
-            for new in [w for w in waiting if w.dim() > 1 == parameter.dim() > 1]:
+            for new in [w for w in waiting if (w.dim() > 1) == (parameter.dim() > 1)]:
                 adopt(optimizers, new, parameter)
-                waiting.remove(new)
+            waiting = [w for w in waiting if (w.dim() > 1) != (parameter.dim() > 1)]
         elif (like := last.get(parameter.dim() > 1)) is not None:
             adopt(optimizers, parameter, like)
         else:

@@ -75,6 +75,7 @@ def branches(graph: fx.Graph, model: nn.Module) -> dict[str, Branch]:
     """
     before: dict[fx.Node, set[fx.Node]] = {}
     found: dict[str, Branch] = {}
+    called = [n for n in graph.nodes if n.op == "call_module"]
     for node in graph.nodes:
         before[node] = {node}.union(*(before[arg] for arg in node.all_input_nodes))
         if node.op not in ("call_function", "call_method") or op_name(node) not in ("add", "iadd"):
@@ -87,7 +88,6 @@ def branches(graph: fx.Graph, model: nn.Module) -> dict[str, Branch]:
         if weigh[0] == weigh[1] or not (before[a] & before[b]):
             continue
         side, end = sides[weigh[1] > weigh[0]]
-        called = [n for n in graph.nodes if n.op == "call_module"]
         shared = {n.target for n in called if n not in side}  # such as a ReLU that also follows the addition
         names = [str(n.target) for n in called if n in side and n.target not in shared]
         block = _common([n for n in names if isinstance(model.get_submodule(n), PRODUCTS)])
