@@ -22,6 +22,7 @@ from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
 from hasten.products import Plan, install, planned, uninstall
 from hasten.surgery import Change, Surgeon, check_training_state, replace_module
+from hasten.surgery.gates import dissolve
 
 
 class Session:
@@ -284,6 +285,7 @@ class Session:
         model = copy.deepcopy(self.model)
         for module in model.modules():
             uninstall(module)
+        dissolve(model)
         for method in reversed(self.methods):
             method.export(model)
         for parameter in model.parameters():

@@ -456,6 +456,48 @@ def test_what_is_added_loses_only_the_channels_that_are_dead_in_all_members() ->
     session.step(x, labels(x))
 
 
+def test_gating_leaves_out_of_a_branch_what_is_dead_for_it_alone() -> None:
+    model, x = resnet20(), images()
+    block = model.layer1[1]
+    with torch.no_grad():
+        block.conv1.weight[:, [1, 2, 5]] = 1e-6
+        block.conv2.weight[[4, 7]] = 1e-6
+        block.bn2.bias[[4, 7]] = 0.0  # what a norm adds to a dead channel goes with it
+        block.bn2.weight[[4, 7]] = 0.0
+    before, dense = outputs(model, x), macs(model, x[:1]).forward
+    session = start(model, x, lam=1e-3, interval=1, gating=True)
+    session.start_epoch(1)
+    assert counts(session)["channels_removed"] == 0
+    assert counts(session)["channels_gated"] == 5
+    assert (block.conv1.in_channels, block.conv2.out_channels, model.conv1.out_channels) == (13, 14, 16)
+    assert close(outputs(model, x), before, 1e-4)
+    assert dense - macs(model, x[:1]).forward == 5 * 16 * 9 * 32 * 32
+    session.start_epoch(2)
+    assert counts(session)["channels_gated"] == 5
+    session.step(x, labels(x))
+    exported = session.export()
+    assert all(type(m).__module__.startswith(("torch.", "hasten.models.")) for m in exported.modules())
+    assert close([exported(x)], [model.eval()(x)])
+
+
+def test_gates_round_up_with_the_strongest_of_the_dead_and_stages_still_shrink() -> None:
+    model, x = resnet20(), images()
+    channels = follow(model, x)
+    stage = channels.outputs("conv1").tolist()
+    with torch.no_grad():
+        model.layer1[1].conv1.weight[:, :9] = 1e-6
+        model.layer1[1].conv1.weight[:, 3] = 1e-5
+    session = start(model, x, lam=1e-3, interval=1, gating=True, round_to=8)
+    session.start_epoch(1)
+    assert model.layer1[1].conv1.reads.kept.tolist() == [3, *range(9, 16)]
+    channels = session.surgery.channels
+    stage = channels.outputs("conv1").tolist()
+    kill(model, channels, {stage[i] for i in range(1, 16, 2)})
+    session.start_epoch(2)
+    assert model.conv1.out_channels == 8  # the gated branch does not keep a stage from rounding as one
+    assert model.layer1[1].conv1.reads.width == 8
+
+
 def test_a_class_is_as_strong_as_its_largest_weight_anywhere() -> None:
     model, x = net("flat"), images()
     channels = follow(model, x)
@@ -786,7 +828,9 @@ RESUMED = {"lam": 0.3, "tau": 0.15, "interval": 2, "round_to": 4, "min_channels"
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"proximal": True, "every": 2, "tau": 0.03}], ids=["gradient", "proximal"]
+    "more",
+    [{}, {"proximal": True, "every": 2, "tau": 0.03}, {"gating": True, "tau": 0.18}],
+    ids=["gradient", "proximal", "gating"],
 )
 def test_resume_is_bit_identical_at_a_boundary_and_within_an_interval(more: dict[str, Any]) -> None:
     batches = data(30)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hasten import models
 from hasten.surgery import Channels
@@ -225,3 +226,15 @@ def removable(model: nn.Module, channels: Channels) -> list[str]:
         if isinstance(module, nn.Conv2d | nn.Linear) and channels.why_not(name) is None:
             found.append(name)
     return found
+
+
+def masked_steps_of(model: nn.Module, optimizer: Optimizer, masks: dict[str, Tensor], steps: int) -> None:
+    """Train with the gradients of ``masks`` masked, by parameter name."""
+    parameters = dict(model.named_parameters())
+    for step in range(steps):
+        x, y = images(4, seed=10 + step), torch.arange(4)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for name, mask in masks.items():
+            parameters[name].grad.mul_(mask)
+        optimizer.step()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.surgery.nets import NETS, images, net, removable, silence
+from tests.surgery.nets import NETS, images, masked_steps_of, net, removable, silence
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, RMSprop
 
@@ -78,17 +78,6 @@ def test_a_new_trace_finds_what_the_old_one_was_cut_to(name: str) -> None:
         )
 
 
-def masked_steps(model: nn.Module, optimizer: Optimizer, masks: dict[str, Tensor], steps: int) -> None:
-    parameters = dict(model.named_parameters())
-    for step in range(steps):
-        x, y = images(4, seed=10 + step), torch.arange(4)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        for name, mask in masks.items():
-            parameters[name].grad.mul_(mask)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("make", [
     lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True),
     lambda p: AdamW(p, lr=0.01), lambda p: Adam(p, lr=0.01, amsgrad=True), lambda p: RMSprop(p, lr=0.01, momentum=0.5),
@@ -102,13 +91,13 @@ def test_training_goes_on_as_that_of_the_masked_network(name: str, make: Any) ->
     for layer, which in cuts:
         masks |= silence(model, channels, layer, which)
     optimizer = make(model.parameters())
-    masked_steps(model, optimizer, masks, 2)
+    masked_steps_of(model, optimizer, masks, 2)
     full, full_optimizer = copy.deepcopy((model, optimizer))
     change = surgeon(model, (optimizer,)).apply([RemoveChannels(layer, tuple(w)) for layer, w in cuts])
     assert change is not None
     check_training_state(model, optimizer)
-    masked_steps(full, full_optimizer, masks, 3)
-    masked_steps(model, optimizer, {}, 3)
+    masked_steps_of(full, full_optimizer, masks, 3)
+    masked_steps_of(model, optimizer, {}, 3)
     expected = change.follow(dict(full.state_dict()), dict(model.state_dict()))
     for key, value in model.state_dict().items():
         if value.is_floating_point():
@@ -119,7 +108,7 @@ def test_training_goes_on_as_that_of_the_masked_network(name: str, make: Any) ->
 def test_optimizer_state_keeps_its_numbers(seed: int) -> None:
     model = net("resnet8").train()
     optimizer = AdamW(model.parameters(), lr=0.01)
-    masked_steps(model, optimizer, {}, 3)
+    masked_steps_of(model, optimizer, {}, 3)
     before = {n: dict(optimizer.state[p]) for n, p in model.named_parameters()}
     objects = {n: id(p) for n, p in model.named_parameters()}
     change = surgeon(model, (optimizer,)).apply(
@@ -155,7 +144,7 @@ def test_factored_state_follows_along_its_own_axes() -> None:
 def test_state_of_an_unknown_shape_is_refused_and_nothing_changes() -> None:
     model = net("flat").train()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masked_steps(model, optimizer, {}, 1)
+    masked_steps_of(model, optimizer, {}, 1)
     optimizer.state[model.conv1.weight]["blocks"] = torch.zeros(7)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedSurgeryError, match="'blocks' of shape"):

@@ -76,7 +76,9 @@ def _layer_macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
         per_position *= size
     if isinstance(module, _Transposed):
         return inputs.numel() * module.out_channels // module.groups * per_position
-    return output.numel() * module.in_channels // module.groups * per_position
+    # of the outputs, a gated layer computes only its own channels
+    positions = output.numel() // output.shape[-1 - len(module.kernel_size)]
+    return positions * module.out_channels * module.in_channels // module.groups * per_position
 
 
 def macs(model: nn.Module, sample: Tensor) -> MacCount:

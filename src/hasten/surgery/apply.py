@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hasten.errors import UnsupportedSurgeryError
+from hasten.surgery import gates
 from hasten.surgery.parameters import adopt, release, replace_module
 from hasten.surgery.reshape import Reshape, moved
 
@@ -56,6 +57,8 @@ def reshape(model: nn.Module, optimizers: Sequence[Optimizer], change: Reshape) 
         )
         if cut is not None:
             cut(role, index)
+    for gate in change.gates:
+        gates.put(model, gate)
 
 
 def _parameter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
@@ -164,16 +167,17 @@ class Snapshot:
     """All references that a change can touch, so that a failure can put back every one of them. Copies no data."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        self._modules = [(m, dict(vars(m))) for m in model.modules()]
+        self._modules = [(m, type(m), dict(vars(m))) for m in model.modules()]
         self._inner = [(m, {k: dict(vars(m)[k]) for k in ("_parameters", "_buffers", "_modules")})
-                       for m, _ in self._modules]  # fmt: skip
+                       for m, _, _ in self._modules]  # fmt: skip
         self._parameters = [(p, p.data, p.grad) for p in model.parameters()]
         self._groups = [(g, list(g["params"])) for o in optimizers for g in o.param_groups]
         self._states = [(o, {p: dict(s) for p, s in o.state.items()}) for o in optimizers]
 
     def restore(self) -> None:
         """Put everything back."""
-        for module, attributes in self._modules:
+        for module, kind, attributes in self._modules:
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
         for module, inner in self._inner:

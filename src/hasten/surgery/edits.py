@@ -70,9 +70,26 @@ class Replace:
         return f"replace {self.name} by {self.kind}"
 
 
-Edit = RemoveChannels | Widen | DropBlock | Insert | Replace
+@dataclass(frozen=True)
+class Gate:
+    """Have the convolution ``layer`` read ("in") or make ("out") only ``channels`` of those that it does now.
+
+    The channels around it stay. Those it no longer reads are left out by an index, those it no longer makes are zeros,
+    also behind a batch norm that follows it: what that norm added to them is gone.
+    """
+
+    layer: str
+    role: str
+    channels: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"gate {self.layer} ({self.role}) to {len(self.channels)} channels"
+
+
+Edit = RemoveChannels | Widen | DropBlock | Insert | Replace | Gate
 KINDS: dict[str, type[Edit]] = {
     "remove_channels": RemoveChannels, "widen": Widen, "drop_block": DropBlock, "insert": Insert, "replace": Replace,
+    "gate": Gate,
 }  # fmt: skip
 
 

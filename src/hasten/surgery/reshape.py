@@ -30,6 +30,17 @@ class Move:
     reads: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class GateChange:
+    """``module`` keeps the positions ``kept`` of its ``width`` inner ones; ``maker`` is the layer that is narrowed."""
+
+    module: str
+    role: str
+    kept: Array
+    width: int
+    maker: str
+
+
 @dataclass(eq=False)
 class Reshape:
     """What one change of widths does: index maps by tensor name, sizes of modules, and the maps by (module, role)."""
@@ -38,6 +49,7 @@ class Reshape:
     sizes: dict[str, dict[str, int | tuple[int, ...]]] = field(default_factory=dict)
     slots: dict[tuple[str, str], Array] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
+    gates: list[GateChange] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Return the change as text, a line for each tensor dimension."""
@@ -87,7 +99,7 @@ def removal(channels: Channels, model: nn.Module, edits: Sequence[RemoveChannels
                 f"{slot.module or 'the network'} would be left without {slot.role} channels; keep at least one, or "
                 f"remove its whole block."
             )
-        _note(result, model, slot, np.flatnonzero(stays))
+        note(result, model, slot, np.flatnonzero(stays))
         if slot.module in channels.warnings:
             result.warnings[slot.module] = channels.warnings[slot.module]
     for tie in channels.ties:
@@ -126,8 +138,8 @@ def widening(channels: Channels, model: nn.Module, edit: Widen) -> Reshape:
         known = slot.role in ("in", "out", "norm") or slot.role.startswith("axis")
         if not known:
             raise UnsupportedSurgeryError(
-                f"layer {edit.layer!r} cannot be widened: {slot.module!r} fills up channels with zeros, which copies "
-                f"would not fit. Give the network projection shortcuts (option B)."
+                f"layer {edit.layer!r} cannot be widened: {slot.module!r} puts zeros among its channels or picks some, "
+                f"which copies would not fit. Give the network projection shortcuts (option B), and no gates."
             )
         index = _spread(classes, inside, made, mapping[n:], edit.layer, slot)
         copies = np.fromiter((counts[mine[int(c)]] if int(c) in mine else 1 for c in classes[index]), np.int64,
@@ -137,7 +149,7 @@ def widening(channels: Channels, model: nn.Module, edit: Widen) -> Reshape:
                 f"layer {edit.layer!r} cannot be widened: {slot.module!r} takes statistics over channels, which only "
                 f"equal numbers of copies leave alone."
             )
-        _note(result, model, slot, index, copies)
+        note(result, model, slot, index, copies)
     return result
 
 
@@ -165,12 +177,14 @@ def _spread(classes: Array, inside: Array, made: Array, sources: Array, layer: s
     return np.concatenate(parts)
 
 
-def _note(result: Reshape, model: nn.Module, slot: Slot, index: Array, copies: Array | None = None) -> None:
+def note(result: Reshape, model: nn.Module, slot: Slot, index: Array, copies: Array | None = None) -> None:
     """Write down what the new positions ``index`` of ``slot`` do to tensors and sizes."""
     result.slots[slot.module, slot.role] = index
     if slot.role.startswith("axis"):
         result.moves.setdefault(slot.module, []).append(Move(int(slot.role[4:]), index, copies))
         return
+    if slot.role not in ("in", "out", "norm"):
+        return  # the module's own ``cut_channels`` knows
     module, prefix = model.get_submodule(slot.module), f"{slot.module}." if slot.module else ""
 
     def move(tensor: str, axis: int, *, reads: bool = False, where: Array = index) -> None:

@@ -370,6 +370,8 @@ def module(follow: Follower, node: fx.Node, layouts: list[Layout | None]) -> Fou
     layout = _first(layouts)
     if layout is None:
         return hidden(follow, node, layouts, "its input is not followed")
+    if (rule := getattr(own, "follow_channels", None)) is not None:
+        return Layout(rule(follow, name, layout.labels), layout.axis)
     if isinstance(own, PASSING_MODULES) or getattr(own, "passes_channels", False):
         return layout
     if isinstance(own, nn.Flatten):
@@ -398,9 +400,6 @@ def module(follow: Follower, node: fx.Node, layouts: list[Layout | None]) -> Fou
         follow.slot(name, "norm", layout.labels)
         follow.warn(name, "a LayerNorm over channels changes its statistics when channels go")
         return layout
-    rule = getattr(own, "follow_channels", None)
-    if rule is not None:
-        return Layout(rule(follow, name, layout.labels), layout.axis)
     return hidden(follow, node, layouts, f"a {type(own).__name__} has no rule")
 
 

@@ -20,7 +20,18 @@ from hasten.surgery import apply
 from hasten.surgery.blocks import branches, dropped
 from hasten.surgery.builders import build
 from hasten.surgery.change import Change, Step, names, reshape_step, swap_step
-from hasten.surgery.edits import DropBlock, Edit, Insert, RemoveChannels, Replace, Widen, from_json, to_json
+from hasten.surgery.edits import (
+    DropBlock,
+    Edit,
+    Gate,
+    Insert,
+    RemoveChannels,
+    Replace,
+    Widen,
+    from_json,
+    to_json,
+)
+from hasten.surgery.gates import gating
 from hasten.surgery.parameters import check_training_state
 from hasten.surgery.reshape import Reshape, removal, widening
 from hasten.surgery.trace import Channels, Slot, Tie, empty, follow, twin
@@ -139,7 +150,8 @@ class Surgeon:
 
     def _run_dry(self, model: nn.Module) -> None:
         model.train()
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        plain = nn.modules.batchnorm._BatchNorm
+        norms = [m for m in model.modules() if isinstance(m, plain) and type(m).forward is plain.forward]
         for norm in norms:
             norm.forward = partial(_passed_on, norm)  # type: ignore[method-assign]
         before = self.sample.shape
@@ -243,6 +255,8 @@ def _reshape(channels: Channels, model: nn.Module, part: Part) -> Reshape | None
         return widening(channels, model, part[0])
     if isinstance(part[0], RemoveChannels):
         return removal(channels, model, [e for e in part if isinstance(e, RemoveChannels)])
+    if isinstance(part[0], Gate):
+        return gating(channels, model, part[0])
     return None
 
 

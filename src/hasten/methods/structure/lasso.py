@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from hasten.errors import OverPruneError, SettingsError
 from hasten.surgery import Channels, RemoveChannels
 from hasten.surgery.blocks import branches, shortcut_of
+from hasten.surgery.gates import GATES
 from hasten.surgery.labels import Array
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -282,7 +283,7 @@ def dead_channels(
         return True
 
     slots = [(slot, np.unique(channels.classes[slot.labels])) for slot in channels.slots.values()]
-    alike = _families([classes for _, classes in slots])
+    alike = _families(_whole([(slot.role, classes) for slot, classes in slots]))
     parts = [
         [np.unique(part) for part in channels.classes[tie.labels].reshape(tie.parts, -1)]
         for tie in channels.ties
@@ -302,6 +303,16 @@ def dead_channels(
                 f"weight that makes or reads them is at most {tau:g}. {advice}"
             )
     return ~keep
+
+
+def _whole(slots: Sequence[tuple[str, Array]]) -> list[Array]:
+    """Return the classes of each slot, but not of those that a gate leaves a part of: its layers round by themselves."""
+    gated = [classes for role, classes in slots if role in GATES]
+    return [
+        classes
+        for _, classes in slots
+        if not any(len(classes) < len(g) and np.isin(classes, g, assume_unique=True).all() for g in gated)
+    ]
 
 
 def _families(slots: Sequence[Array]) -> list[Array]:
