@@ -79,8 +79,9 @@ class Batch:
     """What one step trains on.
 
     inputs (N, C, H, W); targets (N,) class numbers or (N, K) shares; index (N,) numbers of the samples in the training
-    set, or None; weights (N,) of the samples in the loss, or None for equal ones. ``loss`` is what ``Session.step``
-    returns where a method leaves nothing to train on.
+    set, or None; weights (N,) of the samples in the loss, or None for equal ones. ``loss``: before the forward pass, what
+    ``Session.step`` returns where a method leaves nothing to train on; in ``observe``, the loss of the step, detached
+    and without the terms that methods add.
     """
 
     inputs: Tensor

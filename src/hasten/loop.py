@@ -19,7 +19,7 @@ from hasten import keyed, models
 from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder
 from hasten.contract import Effect, Method
 from hasten.data import DataSet, Images, Loader, load
-from hasten.errors import CheckpointError, HastenError
+from hasten.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.logs import Logs
 from hasten.loss import cross_entropy
 from hasten.measure.clock import Clock, device_sync
@@ -110,9 +110,7 @@ class _Run:
             source = models.resolve(model, num_classes=len(train.classes), in_channels=train.shape[2],
                                     image_size=train.shape[0], seed=seed)  # fmt: skip
             net = source.make().to(device)
-            self.loader = self._loader(
-                train, recipe.batch_size, recipe.augmentations(self.data.flip_ok), shuffle=True
-            )
+            self.loader = self._training(recipe.batch_size)
             self.test = self._loader(self.data.test, min(500, len(self.data.test)), (), shuffle=False)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
@@ -128,6 +126,14 @@ class _Run:
             self.session.surgery.followers.append(self.regimen.reshaped)
             self.curve: list[tuple[float, int, float]] = []
             self.step, self.saved = 0, False
+            # the position: batches of ``size`` samples done in the epoch; schedules count in the recipe's batches
+            self.epoch, self.at, self.size = 0, 0, recipe.batch_size
+            if recipe.record is not None and any("batch.size" in m.writes for m in methods):
+                names = ", ".join(m.spec.name for m in methods if "batch.size" in m.writes)
+                raise UnsupportedError(
+                    f"{names} changes the batch size, and a record recipe's rates are made for its own; leave it out or "
+                    f"give another recipe."
+                )
             self.identity = {
                 "model": source.recipe or {"object": source.label}, "data": self.data.name, "seed": seed,
                 "samples": len(train), "content": fingerprint(train), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
@@ -147,6 +153,17 @@ class _Run:
     def _loader(self, images: Images, batch: int, augment: Sequence[Any], *, shuffle: bool) -> Loader:
         return Loader(images, batch, seed=self.seed, augment=tuple(augment), shuffle=shuffle, drop_last=shuffle,
                       device=self.device)  # fmt: skip
+
+    def _training(self, batch: int) -> Loader:
+        images = self.data.train
+        return self._loader(images, batch, self.recipe.augmentations(self.data.flip_ok), shuffle=True)
+
+    @property
+    def position(self) -> float:
+        """Steps done, in steps of the recipe's batch size."""
+        per_epoch = len(self.loader)
+        steps = len(self.data.train) // self.size
+        return self.epoch * per_epoch + self.at * per_epoch / steps
 
     # -- resume
     def restore(self) -> None:
@@ -178,12 +195,14 @@ class _Run:
                 "methods": {name: loaded.parts[f"method-{name}"] for name in state["methods"]},
                 "counters": state["counters"],
                 "structure": state.get("structure", []),
+                "batch_size": state.get("batch_size"),
             }
         )
         self.regimen.load_state_dict(loaded.parts["regimen"])
         self.clock.load_state_dict(state["clock"])
         self.curve = [tuple(row) for row in state["curve"]]
         self.step = loaded.step
+        self.epoch, self.at, self.size = state["position"]
         torch.set_rng_state(state["rng"])
         self.logs.rewind(state["logs"])
 
@@ -209,7 +228,8 @@ class _Run:
                 "state": {
                     "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
                     "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
-                    "logs": logged, "structure": state["structure"],
+                    "logs": logged, "structure": state["structure"], "batch_size": state["batch_size"],
+                    "position": [self.epoch, self.at, self.size],
                 },
             }  # fmt: skip
             parts |= {f"method-{name}": value for name, value in state["methods"].items()}
@@ -223,18 +243,21 @@ class _Run:
         per_epoch, session, clock = len(self.loader), self.session, self.clock
         saved = time.monotonic()
         cadence = max(1, round(self.recipe.eval_every * per_epoch)) if self.recipe.eval_every else self.total
-        while self.step < self.total:
-            epoch, start = divmod(self.step, per_epoch)
-            if start == 0:
-                session.start_epoch(epoch)
-            batches = self.loader.epoch(epoch, start)
-            for _ in range(start, min(per_epoch, self.total - epoch * per_epoch)):
+        while self.position < self.total:
+            if self.at == 0:
+                session.start_epoch(self.epoch)
+                self.size = min(session.batch_size or self.size, len(self.data.train))
+            loader = self.loader if self.size == self.recipe.batch_size else self._training(self.size)
+            batches, rest = loader.epoch(self.epoch, self.at), self.total - self.epoch * per_epoch
+            for _ in range(self.at, min(len(loader), -(-rest * len(loader) // per_epoch))):
                 with clock.span("data"):
                     batch = next(batches)
+                before = self.position
                 self._one_step(batch.inputs, batch.targets, batch.index)
-                if self.step % per_epoch == 0:
+                if self.at == len(loader):
+                    self.epoch, self.at = self.epoch + 1, 0
                     session.end_epoch()
-                if self.step % cadence == 0 or self.step == self.total:
+                if self.position // cadence > before // cadence or self.position >= self.total:
                     self.evaluate()
                 if on_step is not None:
                     on_step(self.step)
@@ -248,15 +271,15 @@ class _Run:
 
     def _one_step(self, inputs: Tensor, targets: Tensor, index: Tensor) -> None:
         session = self.session
-        lr = self.regimen.before_step(self.step)
+        lr = self.regimen.before_step(self.position, self.size / self.recipe.batch_size)
         loss = session.step(inputs, targets, index)
-        self.step += 1
+        self.step, self.at = self.step + 1, self.at + 1
         with self.clock.span("optimizer"):
             self.regimen.after_step(self.step)
         record = {"step": self.step, "samples": session.counters["streamed"], "loss": loss.item(),
                   "lr": lr}  # fmt: skip
         self.logs.step(record)
-        self.progress.step(self.step, self.total, record["loss"])
+        self.progress.step(round(self.position), self.total, record["loss"])
 
     def evaluate(self) -> float:
         """Return the accuracy on the test images, of the averaged weights where the recipe has them."""
@@ -273,15 +296,15 @@ class _Run:
         accuracy, seconds = right / count, counted(spans)
         row = (seconds, self.session.counters["streamed"], accuracy)
         self.curve.append(row)
-        self.logs.evaluation({"step": self.step, "epoch": self.step / len(self.loader), "samples": row[1],
+        self.logs.evaluation({"step": self.step, "epoch": self.position / len(self.loader), "samples": row[1],
                               "seconds": f"{seconds:.3f}", "accuracy": accuracy, "loss": total_loss / count})  # fmt: skip
-        self.progress.evaluation(self.step, self.total, accuracy)
+        self.progress.evaluation(round(self.position), self.total, accuracy)
         return accuracy
 
     def result(self, stop: StopSignal | None) -> Result:
         """Return what the run came to, with the averaged weights in the exported model."""
         spans = self.clock.totals()
-        if self.step == self.total:
+        if self.position >= self.total:
             self.regimen.finish()
         return Result(
             accuracy=self.curve[-1][2] if self.curve else 0.0, seconds_train=counted(spans), spans=spans,

@@ -28,6 +28,7 @@ class Place:
 
 PLACES: dict[str, Place] = {
     "samples": Place("batch", "one", "which samples of the stream reach the network"),
+    "batch.size": Place("batch", "one", "how many samples a step takes"),
     "inputs": Place("batch", "one", "size and content of the images"),
     "layout": Place("forward", "one", "memory format of model and images"),
     "precision": Place("forward", "one", "number format of the arithmetic"),

@@ -34,8 +34,11 @@ class Regimen(Protocol):
         """Let averages follow a change of the network's structure."""
         ...
 
-    def before_step(self, step: int) -> float:
-        """Set the learning rates of ``step`` and return the largest."""
+    def before_step(self, step: float, scale: float = 1.0) -> float:
+        """Set the learning rates of ``step``, times ``scale``, and return the largest.
+
+        step: in steps of the recipe's batch size, which may be fractions where a method has changed it.
+        """
         ...
 
     def after_step(self, step: int) -> None:
@@ -79,8 +82,8 @@ class Plain:
         if self.ema is not None:
             self.ema.average = change.follow(self.ema.average, float_tensors(self.model))
 
-    def before_step(self, step: int) -> float:
-        lr = self.recipe.lr * self.recipe.factor(step / self.total)
+    def before_step(self, step: float, scale: float = 1.0) -> float:
+        lr = self.recipe.lr * self.recipe.factor(step / self.total) * scale
         for group in self.optimizers[0].param_groups:
             group["lr"] = lr
         return lr
@@ -131,8 +134,9 @@ class Record:
         if ahead is not None:
             ahead.slow = change.follow(ahead.slow, float_tensors(self.model))
 
-    def before_step(self, step: int) -> float:
-        self.training.before_step(min(step, self.training.total_steps - 1))
+    def before_step(self, step: float, scale: float = 1.0) -> float:
+        assert scale == 1, "a record recipe has its own batch size"
+        self.training.before_step(min(int(step), self.training.total_steps - 1))
         return max(float(group["lr"]) for o in self.optimizers for group in o.param_groups)
 
     def after_step(self, step: int) -> None:

@@ -34,6 +34,9 @@ class Session:
     ``reduction="none"`` as PyTorch's do. total_samples: samples the whole run will stream, which methods with a
     schedule need. seed: key of all randomness of the methods.
 
+    ``batch_size`` is what a method wants from the next epoch on: load batches of that size, at the scheduled learning
+    rate times their growth; None while no method has asked. ``fit`` does so.
+
     Raises ConflictError if two methods claim one place, NoEffectError if a method would change nothing (unless
     ``allow_no_effect``), UnsupportedError if one cannot work here. Nothing is changed before all have agreed.
     """
@@ -68,6 +71,7 @@ class Session:
         self.on_restart: list[Callable[[], None]] = []
 
         check_training_state(self.model, self.optimizers)
+        self.batch_size: int | None = None
         self.surgery = Surgeon(self.model, self.optimizers, sample[0])
         self._attach(allow_no_effect)
         self._collect_hooks()
@@ -192,6 +196,7 @@ class Session:
         for method in self._blend:
             with self.clock.span("method"):
                 loss = method.blend_loss(batch, outputs, loss)
+        batch.loss = loss.detach()
         for method in self._terms:
             loss = loss + method.loss_terms()
         if self._observe:
@@ -240,6 +245,7 @@ class Session:
             "methods": {m.spec.name: m.state_dict() for m in self.methods},
             "counters": dict(self.counters),
             "structure": self.surgery.records(),
+            "batch_size": self.batch_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,6 +267,7 @@ class Session:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_named_state(optimizer, self.model, saved)
         self.counters.update(state["counters"])
+        self.batch_size = state.get("batch_size")
         for method in self.methods:
             method.load_state_dict(state["methods"][method.spec.name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -26,11 +27,13 @@ from hasten.data import load
 from hasten.errors import HastenError, NoEffectError, OverPruneError, SettingsError, UnsupportedError
 from hasten.loop import fit
 from hasten.measure.macs import macs
+from hasten.methods.loss.knowledge_distillation import KnowledgeDistillation
+from hasten.methods.structure.batch_growth import grown_batch, saved_bytes
 from hasten.methods.structure.lasso import GroupLasso, Groups, dead_branches, is_ordinary, strengths
-from hasten.methods.structure.prunetrain import PruneTrain, grown_batch
-from hasten.recipe import Recipe
+from hasten.methods.structure.prunetrain import PruneTrain
+from hasten.recipe import RECIPES, Recipe
 from hasten.session import Session
-from hasten.surgery import Channels, check_training_state, follow
+from hasten.surgery import Channels, RemoveChannels, check_training_state, follow
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -931,30 +934,109 @@ def test_two_ranks_set_one_lambda_and_stay_one_network(tmp_path: Path) -> None:
 
 
 # -- the batch that freed memory allows
-def test_a_grown_batch_fits_the_memory_of_the_start_and_scales_the_learning_rate() -> None:
+def test_a_grown_batch_fits_the_memory_of_the_start() -> None:
     for seed in range(200):
         now, once = (
             int(v) for v in 10 ** (6 + 3 * torch.rand(2, generator=keyed.generator("memory", seed))).double()
         )
         batch = 8 * (1 + seed % 40)
-        size, factor = grown_batch(batch, once, now, start=64, limit=1000)
+        size = grown_batch(batch, once, now, limit=1000)
         assert batch <= size <= max(batch, min(2 * batch, 1000))
         assert size == batch or size % 8 == 0
         assert size == batch or now * size <= once * batch, "more memory than at the start"
-        assert factor == size / 64
-        assert factor / (batch / 64) == pytest.approx(size / batch, rel=1e-15)
-    assert grown_batch(128, 1000, 800, start=128, limit=4096) == (160, 1.25)
-    assert grown_batch(128, 1000, 100, start=128, limit=4096) == (256, 2.0)
-    assert grown_batch(128, 1000, 100, start=128, limit=200) == (200, 200 / 128)
-    assert grown_batch(128, 1000, 1100, start=128, limit=4096) == (128, 1.0)
+    assert grown_batch(128, 1000, 800) == 160
+    assert grown_batch(128, 1000, 100) == 256
+    assert grown_batch(128, 1000, 100, limit=200) == 200
+    assert grown_batch(128, 1000, 1100) == 128
     with pytest.raises(ValueError, match="positive"):
-        grown_batch(128, 1000, 0, start=128, limit=4096)
+        grown_batch(128, 1000, 0)
+
+
+def test_the_loop_trains_on_grown_batches_at_the_grown_rate_and_resumes(tmp_path: Path) -> None:
+    small = load("fashion-mnist-12k").stratified(200, 50)
+    recipe = Recipe(
+        epochs=4.5, batch_size=16, lr=0.02, schedule="constant", warmup=0.0, ema=0.9, eval_every=0.0
+    )
+    method = PruneTrain(**{**RESUMED, "interval": 1, "grow_batch": True})
+
+    class Stop(Exception):
+        pass
+
+    whole = fit("resnet8", small, [method], recipe=recipe, out=tmp_path / "whole", save_every=1e9)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "steps.jsonl").read_text().splitlines()]
+    seen, sizes = 0, []
+    for row in rows:
+        sizes.append(row["samples"] - seen)
+        seen = row["samples"]
+        assert row["lr"] == pytest.approx(0.02 * sizes[-1] / 16, rel=1e-12)
+    assert sizes[0] == 16
+    assert sizes[-1] > 16
+    assert all(size % 8 == 0 for size in sizes)
+    assert all(b <= 2 * a for a, b in pairwise(sizes))
+    at, epochs = 0, []  # an epoch is all batches that the samples fill, whatever their size
+    while at < len(sizes):
+        epochs.append(sizes[at : at + 200 // sizes[at]])
+        at += len(epochs[-1])
+    assert len(epochs) == 5
+    assert all(len(set(epoch)) == 1 for epoch in epochs)
+    assert all(200 - sum(epoch) < epoch[0] for epoch in epochs[:-1])
+    assert whole.witness["prunetrain"]["batch_size"] == sizes[-1]
+    for step in (13, 20, len(rows) - 1):
+
+        def stop(done: int, step: int = step) -> None:
+            if done == step:
+                raise Stop
+
+        out = tmp_path / str(step)
+        with pytest.raises(Stop):
+            fit("resnet8", small, [method], recipe=recipe, out=out, save_every=0.0, on_step=stop)
+        again = fit("resnet8", small, [method], recipe=recipe, out=out, save_every=0.0)
+        assert again.witness == whole.witness
+        assert again.accuracy == whole.accuracy
+        assert whole.model is not None
+        assert again.model is not None
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_memory_of_a_sample_falls_with_the_channels_and_nothing_changes() -> None:
+    model, x = resnet20(), images(4)
+    session = start(model, x, lam=1e-3)
+    state = copy.deepcopy(model.state_dict())
+    dense = saved_bytes(session)
+    assert dense > 32 * 32 * 16 * 8 * 7  # at least what the first stage's convolutions read, in float64
+    session.surgery.apply([RemoveChannels("layer1.0.conv1", tuple(range(8)))])
+    less = saved_bytes(session)
+    assert dense - less == pytest.approx(3 * 8 * 32 * 32 * 8, rel=0.4)  # what two layers saved of 8 channels
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if v.shape == state[k].shape)
+    assert model.training
+
+
+def test_a_record_recipe_keeps_its_batch() -> None:
+    small = load("fashion-mnist-12k").stratified(200, 50)
+    recipe = RECIPES["record-small"].with_(epochs=1.0, batch_size=16)
+    with pytest.raises(UnsupportedError, match="prunetrain changes the batch size"):
+        fit("record-small", small, [PruneTrain(grow_batch=True)], recipe=recipe)
+
+
+def test_lambda_is_set_from_the_loss_that_a_teacher_is_part_of() -> None:
+    model, x = models.build("resnet8", seed=0), images(8).float()
+    teacher = models.build("resnet8", seed=1).eval()
+    pair = [PruneTrain(), KnowledgeDistillation.with_teacher(teacher)]
+    session = Session(model, SGD(model.parameters(), lr=0.01), pair, sample=(x, labels(x)))
+    loss = session.step(x, labels(x))
+    method = next(m for m in session.methods if isinstance(m, PruneTrain))
+    assert method.l0_ == pytest.approx(float(loss), rel=1e-6)
+    with torch.no_grad():
+        alone = F.cross_entropy(copy.deepcopy(model)(x), labels(x))
+    assert abs(method.l0_ - float(alone)) > 1e-3
 
 
 # -- refusals
 def test_all_wrong_settings_are_named_at_once() -> None:
     wrong = {"r": 1.0, "interval": 0, "tau": -1.0, "lam": float("nan"), "l0": 0.0, "calibrate": 0, "eps": 0.0,
-             "size_weighted": 1, "every": 1.5, "proximal": "no", "round_to": 0, "min_channels": True, "stop_at": 0.0}  # fmt: skip
+             "size_weighted": 1, "every": 1.5, "proximal": "no", "round_to": 0, "min_channels": True, "stop_at": 0.0, "gating": 1,
+             "grow_batch": None, "max_batch": 0}  # fmt: skip
     with pytest.raises(SettingsError) as error:
         PruneTrain(**wrong)  # type: ignore[arg-type]
     for name in wrong:

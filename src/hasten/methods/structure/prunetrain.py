@@ -18,8 +18,8 @@ from torch.optim import SGD
 
 from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.errors import UnsupportedError
-from hasten.loss import weighted_mean
 from hasten.measure.macs import macs
+from hasten.methods.structure.batch_growth import grown_batch, saved_bytes
 from hasten.methods.structure.gating import gates
 from hasten.methods.structure.lasso import (
     LAYERS,
@@ -63,8 +63,8 @@ class PruneTrain(Method):
     tau: largest absolute weight of a dead channel (from the authors' code: 1e-4). Dead weights do not rest at 0, they
         hover in proportion to learning rate * lambda: where that is larger than the authors' 4e-5, tau must be too.
     lam: lambda itself; None sets it once as r * L0 / ((1 - r) * G0) (from the authors' code).
-    l0: L0, the loss that sets lambda; None takes the first batch's, without the penalty and without terms that other
-        methods add. A network trained before has a small loss, so that there lam or l0 must be given.
+    l0: L0, the loss that sets lambda; None takes the first batch's, that of a teacher included, without the penalty
+        and without terms that other methods add. A network trained before has a small loss, so that there lam or l0 must be given.
     calibrate: batches that L0 is the mean of; without a penalty before the last of them (the authors' code: 1).
     eps: under the root of each norm (from the authors' code: 1e-8).
     size_weighted: multiply each norm by the root of its number of weights (in the authors' code, off).
@@ -78,6 +78,11 @@ class PruneTrain(Method):
     gating: also let each residual branch leave out the channels that are dead for it alone; what the last batch norm
         of the branch added to them goes. Fewer MACs, but an index before and zeros after each such branch (the paper's
         alternative to the union; off, as in all of the authors' settings).
+    grow_batch: after each reconfiguration, raise the batch size to what fits into the memory of the start, at most to
+        twice what it was, in multiples of 8, and the learning rate by the same factor; epochs stay the unit of the
+        schedule. ``fit`` does so, other loops must ask ``session.batch_size`` (from the paper, whose memory model and
+        rule were not at hand: the rule is our form, the memory is measured; off).
+    max_batch: the largest batch wanted; None for no limit but the memory (our choice).
     stop_at: share of the run after which there is no penalty and no removal, so that the rest fine-tunes (our choice:
         1.0; the authors fine-tune after the run).
     """
@@ -95,6 +100,8 @@ class PruneTrain(Method):
     round_to: int = 8
     min_channels: int | None = None
     gating: bool = False
+    grow_batch: bool = False
+    max_batch: int | None = None
     stop_at: float = 1.0
 
     spec: ClassVar[MethodSpec] = MethodSpec(
@@ -104,27 +111,38 @@ class PruneTrain(Method):
         "Sparse Model Reconfiguration, SC 2019, arXiv 1901.09290",
         saves="time per step",
         acts="pulls whole channels to zero by a group lasso and takes the dead ones out every few epochs",
-        writes=frozenset({"gradients", "structure"}),
+        writes=frozenset({"batch.size", "gradients", "structure"}),
         layers=("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear"),
-        state=("lam_", "l0_", "g0_", "losses_", "counts_", "history_", "reconfigured_", "finished_"),
+        state=(
+            "lam_",
+            "l0_",
+            "g0_",
+            "losses_",
+            "counts_",
+            "history_",
+            "reconfigured_",
+            "finished_",
+            "bytes_",
+        ),
         slower_when="the run is short: channels need time to die, and what dies late saves little; or a step's time "
         "is not that of its arithmetic, as in small networks on a GPU",
     )
 
     @property
     def writes(self) -> frozenset[str]:
-        """With ``proximal`` the gradients stay as they are."""
-        return frozenset({"structure"}) if self.proximal else self.spec.writes
+        """With ``proximal`` the gradients stay as they are; without ``grow_batch`` the batch size does."""
+        left = {"gradients"} if self.proximal else set()
+        return self.spec.writes - left - (set() if self.grow_batch else {"batch.size"})
 
     def problems(self) -> list[str]:
         """Return every setting that is out of range."""
         found = []
         if not 0 <= self.r < 1:
             found.append(f"r is {self.r}; allowed: from 0 (plain training) to below 1.")
-        for name in ("interval", "calibrate", "every", "round_to", "min_channels"):
+        for name in ("interval", "calibrate", "every", "round_to", "min_channels", "max_batch"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (value is None and name == "min_channels"):
+            if not whole and not (value is None and name in ("min_channels", "max_batch")):
                 found.append(f"{name} is {value!r}; allowed: whole numbers from 1.")
         if not 0 <= self.tau < math.inf:
             found.append(f"tau is {self.tau}; allowed: from 0.")
@@ -138,7 +156,7 @@ class PruneTrain(Method):
             found.append(f"eps is {self.eps}; allowed: above 0.")
         if not 0 < self.stop_at <= 1:
             found.append(f"stop_at is {self.stop_at}; allowed: above 0, up to 1.")
-        for name in ("size_weighted", "proximal", "gating"):
+        for name in ("size_weighted", "proximal", "gating", "grow_batch"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} is {getattr(self, name)!r}; allowed: True or False.")
         return found
@@ -171,6 +189,7 @@ class PruneTrain(Method):
         }
         self.history_: list[dict[str, int]] = []
         self.reconfigured_, self.finished_ = 0, False
+        self.bytes_ = 0  # what autograd kept for a sample at the start
         return self._effect(session)
 
     def _effect(self, session: Session) -> Effect:
@@ -205,13 +224,8 @@ class PruneTrain(Method):
             return
         if not self.losses_:
             _refuse_trained(outputs, batch.targets)
-        with torch.no_grad():
-            if losses is not None:
-                loss = float(weighted_mean(losses, batch.weights))
-            else:
-                wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-                loss = float(self._session.loss(wide, batch.targets))
-        loss = _over_ranks(loss, outputs.device)
+        assert batch.loss is not None
+        loss = _over_ranks(float(batch.loss), outputs.device)
         if math.isfinite(loss):  # if not, the session is about to say so
             self.losses_.append(loss)
 
@@ -288,6 +302,8 @@ class PruneTrain(Method):
         if not self.lam_:
             return
         surgery, model = self._session.surgery, self._session.model
+        if self.grow_batch and not self.bytes_:
+            self.bytes_ = saved_bytes(self._session)
         while blocks := dead_branches(surgery.channels, model, self.tau):
             surgery.apply([DropBlock(block) for block in blocks])
             self.counts_["blocks_removed"] += len(blocks)
@@ -300,6 +316,17 @@ class PruneTrain(Method):
         if self.gating:
             self._gate()
         self.counts_["reconfigurations"] += 1
+        if self.grow_batch:
+            self._grow()
+
+    def _grow(self) -> None:
+        """Ask for the batch that fills the memory of the start."""
+        session = self._session
+        start = len(session.sample[0])
+        batch = session.batch_size or start
+        session.batch_size = grown_batch(
+            batch, self.bytes_ * start, saved_bytes(session) * batch, limit=self.max_batch
+        )
 
     def _gate(self) -> None:
         """Let branches leave out what is dead for them alone."""
@@ -360,6 +387,7 @@ class PruneTrain(Method):
         return {
             **{name: float(count) for name, count in self.counts_.items()},
             "lambda": self.lam_ or 0.0,
+            "batch_size": float(self._session.batch_size or 0),
             "macs_saved": 1 - self.training_macs() / dense if dense else 0.0,
             "extra_macs": float(extra),
         }
@@ -393,23 +421,3 @@ def _over_ranks(loss: float, device: torch.device) -> float:
     total = torch.tensor(loss, device=device)
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
-
-
-def grown_batch(
-    batch: int, memory_start: int, memory_now: int, *, start: int, limit: int, multiple: int = 8
-) -> tuple[int, float]:
-    """Return the batch size that fills the memory used at the start, and the factor of the scheduled learning rate.
-
-    batch: the size now. memory_start, memory_now: bytes that a step needed above what is there anyway, with the batch
-    ``start`` at the start and with ``batch`` now; memory grows with the batch. limit: the largest size wanted. The
-    size is a multiple of ``multiple``, at most doubles, and never falls; the factor is size / ``start`` (linear
-    rule), so a change of size changes the learning rate by exactly the same factor. Epochs stay the unit of the
-    schedule. (The paper's step 10; its rule in our form: measured memory, not modelled.)
-
-    Raises ValueError if a number is not positive.
-    """
-    if min(batch, memory_start, memory_now, start, limit, multiple) <= 0:
-        raise ValueError("sizes and memory must be positive.")
-    wanted = min(batch * memory_start // memory_now, 2 * batch, limit)
-    size = max(batch, wanted // multiple * multiple)
-    return size, size / start
