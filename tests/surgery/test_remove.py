@@ -278,3 +278,28 @@ def test_memory_format_grad_and_frozen_parameters_stay_as_they_were() -> None:
     for name, p in model.named_parameters():
         assert p.dim() != 4 or p.is_contiguous(memory_format=torch.channels_last), name
         assert p.grad is None or p.grad.shape == p.shape, name
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excite by linear layers; its scale gets its axes by indexing with None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        scale = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+        return self.out((x * scale[:, :, None, None]).mean((2, 3)))
+
+
+def test_axes_added_by_an_index_are_followed() -> None:
+    model, x = Excited().double(), images()
+    channels = follow(model, x)
+    masks = silence(model, channels, "conv", [0, 3])
+    assert masks.keys() == {"down.weight", "out.weight"}
+    before = model(x)
+    surgeon(model).apply([RemoveChannels("conv", (0, 3))])
+    assert (model.conv.out_channels, model.up.out_features, model.down.in_features) == (6, 6, 6)
+    assert torch.allclose(model(x), before, rtol=1e-10, atol=1e-12)

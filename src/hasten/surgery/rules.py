@@ -337,11 +337,19 @@ def _item(follow: Follower, node: fx.Node, layouts: list[Layout | None]) -> Foun
     if found is None:
         return None
     parts = index if isinstance(index, tuple) else (index,)
-    if any(not (isinstance(p, slice | int) or p is Ellipsis) for p in parts) or Ellipsis in parts:
+    if any(not (p is None or isinstance(p, slice | int)) for p in parts):
         return hidden(follow, node, layouts, "it is indexed in a way that is not followed")
-    if len(parts) > found.axis and parts[found.axis] != slice(None, None, None):
+    before = axis = 0  # axes of the input that are passed, and of the result
+    for part in parts:
+        if before == found.axis and part is not None:
+            break
+        before += part is not None
+        axis += not isinstance(part, int)
+    else:
+        return Layout(found.labels, axis + found.axis - before)
+    if part != slice(None, None, None):
         return hidden(follow, node, layouts, "the code picks channels by their number")
-    return Layout(found.labels, found.axis - sum(isinstance(p, int) for p in parts[: found.axis]))
+    return Layout(found.labels, axis)
 
 
 def _padded(follow: Follower, node: fx.Node, layouts: list[Layout | None]) -> Found:
