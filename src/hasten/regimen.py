@@ -124,7 +124,10 @@ class Record:
         self.optimizers: tuple[Optimizer, ...] = self.training.optimizers
 
     def attached(self) -> None:
-        """Nothing is left to do: lookahead has its copy of the weights."""
+        """Let lookahead begin from the weights that there are now."""
+        ahead = self.training.lookahead
+        if ahead is not None:
+            ahead.slow = {name: value.clone() for name, value in float_tensors(self.model).items()}
 
     def restart(self) -> None:
         """Lookahead pulls the weights themselves, so nothing old is evaluated."""

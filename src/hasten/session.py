@@ -325,6 +325,8 @@ class Session:
             raise
         for change in self._edits:
             change()
+        if self._edits:
+            self._rewrap()
         self.surgery.forget()
         check_training_state(self.model, self.optimizers)
 
@@ -339,10 +341,15 @@ class Session:
 
     def _reshaped(self, change: Change) -> None:
         """Bring everything that hangs on the model's structure in step with a change of it."""
+        self._rewrap()
+        for method in self.methods:
+            if overrides(method, "reshaped"):
+                method.reshaped(change)
+
+    def _rewrap(self) -> None:
+        """Wrap the model anew by what was wrapped around it, which may know it by the parameters it had."""
         wrapper = self.wrapper
-        if isinstance(
-            wrapper, DistributedDataParallel
-        ):  # its buckets are cut by the parameters it was made with
+        if isinstance(wrapper, DistributedDataParallel):
             # newer versions of PyTorch warn when this is given at all
             buffers: dict[str, Any] = {} if wrapper.broadcast_buffers else {"broadcast_buffers": False}
             self.wrapper = DistributedDataParallel(
@@ -354,9 +361,6 @@ class Session:
             self.forward = self.wrapper
             for around in self._wraps:
                 self.forward = around(self.forward)
-        for method in self.methods:
-            if overrides(method, "reshaped"):
-                method.reshaped(change)
 
     def _collect_hooks(self) -> None:
         def having(hook: str) -> list[Method]:

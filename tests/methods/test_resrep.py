@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -588,17 +591,55 @@ def test_a_network_with_compactors_is_refused() -> None:
     start(session.export().train(), small_images())
 
 
-def test_distributed_models_are_refused(tmp_path: Path) -> None:
-    import torch.distributed as dist
+RANK = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, sys.argv[1])
+from tests.methods.test_resrep import TWO, SGD, ResRep, Session, models
+rank, folder = int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(folder + "/store", 2), rank=rank, world_size=2)
+model = DistributedDataParallel(models.build("resnet8", num_classes=4, image_size=8, seed=0))
+g = torch.Generator().manual_seed(rank)
+x, y = torch.randn(8, 3, 8, 8, generator=g), torch.arange(8) % 4
+session = Session(model, SGD(model.parameters(), lr=0.02, momentum=0.9), [ResRep(**TWO)], sample=(x, y),
+                  total_samples=8 * 16)
+for step in range(16):
+    session.step(x, y)
+torch.save({"witness": session.witness()["resrep"], "model": session.model.state_dict(),
+            "grads": {n: p.grad for n, p in session.model.named_parameters()}}, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+TWO = {"target": 0.6, "lam": 0.1, "momentum": 0.9, "every": 4, "granularity": 1000, "warmup": 0.0,
+       "threshold": 0.9999, "relative": True}  # fmt: skip
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+def test_two_ranks_prune_one_network(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, root, str(rank), str(tmp_path)], env=environment,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
     try:
-        model = nn.parallel.DistributedDataParallel(toy())
-        with pytest.raises(UnsupportedError, match="DistributedDataParallel"):
-            Session(model, SGD(model.parameters(), lr=0.1), [ResRep(num_at_least=1)],
-                    sample=(small_images(), torch.arange(6)), total_samples=LONG)  # fmt: skip
+        complaints = [process.communicate(timeout=120)[1] for process in ranks]
     finally:
-        dist.destroy_process_group()
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [0, 0], complaints
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["witness"] == second["witness"]
+    assert first["witness"]["rows_removed"] > 0
+    assert set(first["grads"]) == set(second["grads"])
+    for name, grad in first["grads"].items():
+        assert torch.equal(grad, second["grads"][name]), (
+            name
+        )  # compactors, which came in later, are averaged too
+    for name, value in first["model"].items():
+        if "running" not in name:  # batch statistics are each rank's own
+            assert torch.equal(value, second["model"][name]), name
 
 
 class Odd(nn.Module):

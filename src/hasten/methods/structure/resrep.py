@@ -140,8 +140,7 @@ class ResRep(Method):
     def attach(self, session: Session) -> Effect:
         """Find the layers to prune; compactors come in once all methods have agreed.
 
-        Raises UnsupportedError without a plain SGD, under DistributedDataParallel, for a network that has compactors,
-        and if the target cannot be reached, or not in a run of this length (which is not checked where the learning
+        Raises UnsupportedError without a plain SGD, for a network that has compactors, and if the target cannot be reached, or not in a run of this length (which is not checked where the learning
         rate is 0: such a session does not train).
         """
         self._session, self._targets = session, list[Target]()
@@ -215,11 +214,14 @@ class ResRep(Method):
             f"{t.compactor}.weight": c.weight for t, c in zip(self._targets, self._compactors, strict=True)
         }
         self._group = len(groups)
+        leader = groups[
+            self._leader
+        ]  # what a schedule keeps in it, such as initial_lr, holds for this one too
         self._optimizer.add_param_group(
             {
-                "name": "compactors", "lr": groups[self._leader]["lr"], "momentum": self.momentum, "weight_decay": 0.0,
-                "nesterov": False, "dampening": 0.0,
-                "params": list(weights.items()) if "param_names" in groups[0] else list(weights.values()),
+                **{key: value for key, value in leader.items() if key not in ("params", "param_names")},
+                "name": "compactors", "momentum": self.momentum, "weight_decay": 0.0, "nesterov": False,
+                "dampening": 0.0, "params": list(weights.items()) if "param_names" in groups[0] else list(weights.values()),
             }
         )  # fmt: skip
 
@@ -363,11 +365,6 @@ def _sgd_of(session: Session) -> SGD:
 
 
 def _check_model(session: Session) -> None:
-    if session.wrapper is not session.model:
-        raise UnsupportedError(
-            f"{NAME}: compactors cannot come in under DistributedDataParallel, which has cut its buckets before; train "
-            f"on one device."
-        )
     there = [name for name, module in session.model.named_modules() if isinstance(module, Compactor)]
     if there:
         raise UnsupportedError(
