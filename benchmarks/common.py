@@ -102,10 +102,17 @@ def claim(
 
 
 def ratio_claim(
-    methods: str | Sequence[str], what: str, ratio: dict[str, Any], at_least: float
+    methods: str | Sequence[str], what: str, timed: dict[str, Any], arm: str, at_least: float | None = None
 ) -> dict[str, Any]:
-    """Return the claim of a step or time ratio against its target."""
-    return claim(methods, what, ratio["text"], target=f">= {at_least:g}x", met=ratio["ratio"] >= at_least)
+    """Return the claim of the time ratio of ``arm`` in the result of `pairs`, against its target if it has one.
+
+    Where the baseline did not equal itself, nothing is claimed.
+    """
+    ratio, sound = timed["ratios"][arm], timed["aa_ok"]
+    text = ratio["text"] if sound else f"{ratio['text']}, not claimed: the A/A test failed"
+    if at_least is None:
+        return claim(methods, what, text)
+    return claim(methods, what, text, target=f">= {at_least:g}x", met=sound and ratio["ratio"] >= at_least)
 
 
 def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[str, Any]] = ()) -> None:

@@ -35,7 +35,7 @@ def main(smoke: bool = False) -> None:
         title = f"{name}, batch {batch}, 32x32"
         found[name] = pairs(title, arms, baseline="strong", seconds=SECONDS, smoke=smoke)
         if not smoke:
-            ratio = found[name]["ratios"]["keep 0.5"]
-            claims.append(ratio_claim("error_map_pruning", f"step of {title}, over strong", ratio, 1.25))
+            what = f"step of {title}, over strong"
+            claims.append(ratio_claim("error_map_pruning", what, found[name], "keep 0.5", 1.25))
     settings = {"networks": NETWORKS, "method": repr(ErrorMapPruning())}
     store("error_map_pruning", {"claim": CLAIM, "settings": settings, "steps": found}, smoke, claims)

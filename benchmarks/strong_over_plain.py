@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.common import build, claim, pairs, ratio_claim, real_images, session_step, store
+from benchmarks.common import build, pairs, ratio_claim, real_images, session_step, store
 from hasten import method
 
 CLAIM = "strong (bf16, channels_last) against plain fp32, ResNet-18 at 32x32: >= 2.0x step"
@@ -29,14 +29,9 @@ def main(smoke: bool = False) -> None:
         ratios = results[name]["ratios"]
         if "strong" in ratios:
             what = f"step over plain fp32, {name}, batch {batch}"
-            if name == "resnet18":
-                claims.append(ratio_claim("mixed_precision", what, ratios["strong"], 2.0))
-            else:
-                claims.append(claim("mixed_precision", what, ratios["strong"]["text"]))
+            target = 2.0 if name == "resnet18" else None
+            claims.append(ratio_claim("mixed_precision", what, results[name], "strong", target))
         if "strong+compile" in ratios:
-            claims.append(
-                claim(
-                    "mixed_precision", f"the same with compile=True, {name}", ratios["strong+compile"]["text"]
-                )
-            )
+            what = f"the same with compile=True, {name}"
+            claims.append(ratio_claim("mixed_precision", what, results[name], "strong+compile"))
     store("strong_over_plain", results, smoke, claims)

@@ -55,7 +55,9 @@ class Start:
         with kept as folder:
             out = Path(folder) / f"{self.model}-{self.images}-{self.before:g}-{self.epochs:g}-{name}"
             result = fit(model, data, [strong(), *methods], recipe=recipe, out=out)
-        print(f"{self.model} {name}: {100 * result.accuracy:.2f}% in {result.seconds_train:.0f} s", flush=True)
+        print(
+            f"{self.model} {name}: {100 * result.accuracy:.2f}% in {result.seconds_train:.0f} s", flush=True
+        )
         return result
 
 
