@@ -76,6 +76,5 @@ def main(smoke: bool = False) -> None:
     store("resrep", {
         "claim": CLAIM, "settings": repr(method), "macs": count,
         "accuracy": {name: run.accuracy for name, run in runs.items()},
-        "seconds": {name: run.seconds_train for name, run in runs.items()},
         "witness": pruned.witness, "inference": timed,
     }, smoke, claims)  # fmt: skip

@@ -71,5 +71,24 @@ METHODS: dict[str, Row] = {
             "relative": True,
         },
     ),
+    "aofp": Row(
+        "hasten.methods.structure.aofp:AOFP",
+        {"theta": 0.5, "h": 2, "warmup": 0, "target": 0.3, "surgery_every": 0.05},
+        {"theta": 0.0},
+    ),
+    "structured_sparsity_learning": Row(
+        "hasten.methods.structure.structured_sparsity_learning:StructuredSparsityLearning",
+        {
+            "filter": 0.3,
+            "channel": 0.3,
+            "shape": 0.05,
+            "regularise": 0.5,
+            "proximal": True,
+            "round_to": 8,
+            "min_channels": 16,
+            "threshold": 1e-3,
+        },
+        {"filter": 0.0, "channel": 0.0, "shape": 0.0},
+    ),
     "s3pool": Row("hasten.methods.forward.s3pool:S3Pool"),
 }

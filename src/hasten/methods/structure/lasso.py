@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.optim import SGD, Optimizer
 
 from hasten.errors import OverPruneError, SettingsError
 from hasten.surgery import Channels, RemoveChannels
@@ -88,8 +89,10 @@ class GroupLasso:
     @torch.no_grad()
     def penalty(self) -> float:
         """Return G."""
+        if not self.weights:
+            return 0.0
         every = range(len(self.weights))
-        norms = self._norms([_wide(w) for w in self.weights], every)
+        norms = self._norms([wide(w) for w in self.weights], every)
         scales = [kind.scale for i in every for kind in self.kinds[i]]
         return math.fsum(float((norm * scale).sum()) for norm, scale in zip(norms, scales, strict=True))
 
@@ -99,7 +102,7 @@ class GroupLasso:
         which = [i for i, w in enumerate(self.weights) if w.grad is not None]
         if not which:
             return
-        weights = [_wide(self.weights[i]) for i in which]
+        weights = [wide(self.weights[i]) for i in which]
         inverse = iter(torch._foreach_reciprocal(self._norms(weights, which)))
         factors = []
         for i in which:
@@ -116,7 +119,7 @@ class GroupLasso:
         """
         for turn in range(max((len(kinds) for kinds in self.kinds), default=0)):
             which = [i for i, kinds in enumerate(self.kinds) if len(kinds) > turn]
-            weights = [_wide(self.weights[i]) for i in which]
+            weights = [wide(self.weights[i]) for i in which]
             sums = []
             for square, i in zip(torch._foreach_mul(weights, weights), which, strict=True):
                 others = self.kinds[i][turn].others
@@ -143,13 +146,26 @@ class GroupLasso:
         return norms
 
 
-def _wide(weight: Tensor) -> Tensor:
+def wide(weight: Tensor) -> Tensor:
+    """Return the values of ``weight`` in float32, or as they are if they are wider."""
     data = weight.detach()
     return data if data.dtype in (torch.float32, torch.float64) else data.float()
 
 
 def _scaled(inverse: Tensor, scale: float | Tensor) -> Tensor:
     return inverse if isinstance(scale, float) and scale == 1.0 else inverse * scale
+
+
+def rates(optimizers: Iterable[Optimizer]) -> dict[int, float]:
+    """Return how far a gradient of 1 moves each parameter in the long run, in one step, by its id."""
+    found: dict[int, float] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            if isinstance(optimizer, SGD) and group["momentum"]:
+                rate *= (1 - float(group["dampening"])) / (1 - float(group["momentum"]))
+            found |= {id(p): rate for p in group["params"]}
+    return found
 
 
 # -- the groups that are channels
@@ -209,7 +225,7 @@ def channel_groups(
         elif mask.any():
             shape = [1] * weight.dim()
             shape[axis] = -1
-            kept = torch.from_numpy(mask * scale).to(weight.device, _wide(weight).dtype).view(shape)
+            kept = torch.from_numpy(mask * scale).to(weight.device, wide(weight).dtype).view(shape)
             found[role] = Groups(weight, (axis,), kept)
     return found
 

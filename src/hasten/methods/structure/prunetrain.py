@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.errors import UnsupportedError
@@ -28,6 +27,7 @@ from hasten.methods.structure.lasso import (
     channel_groups,
     dead_branches,
     dead_channels,
+    rates,
     removable,
     removals,
     why_no_groups,
@@ -242,7 +242,8 @@ class PruneTrain(Method):
         session = self._session
         if self.proximal and (strength := self._strength()):
             lasso = self._groups()
-            lasso.shrink([strength * rate for rate in self._rates(lasso)])
+            rate = rates(session.optimizers)
+            lasso.shrink([strength * rate[id(weight)] for weight in lasso.weights])
         if not self.finished_ and session.total_samples is not None and session.progress >= self.stop_at:
             self.finished_ = True
             self._reconfigure()
@@ -274,17 +275,6 @@ class PruneTrain(Method):
                     found += channel_groups(channels, name, layer, free, size_weighted=weighted).values()
             self._lasso = GroupLasso(found, self.eps)
         return self._lasso
-
-    def _rates(self, lasso: GroupLasso) -> list[float]:
-        """Return how far a gradient of 1 moves each weight in the long run, in one step."""
-        rates: dict[int, float] = {}
-        for optimizer in self._session.optimizers:
-            for group in optimizer.param_groups:
-                rate = float(group["lr"])
-                if isinstance(optimizer, SGD) and group["momentum"]:
-                    rate *= (1 - float(group["dampening"])) / (1 - float(group["momentum"]))
-                rates |= {id(p): rate for p in group["params"]}
-        return [rates[id(weight)] for weight in lasso.weights]
 
     # -- lambda
     def _calibrate(self) -> None:

@@ -1,0 +1,115 @@
+"""AOFP on trained networks: MACs and accuracy beside training on without it, and what scoring costs in a step.
+
+The authors search with h = 1000 steps a half, theta = 0.01 and up to 600 epochs, and fine-tune for 600 more. Here the
+whole run has some hundred steps, so that h is shorter and theta larger; both are said with every figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.common import Step, build, claim, pairs, real_images, session_step, store, strong
+from benchmarks.trained import RESNET56, VGG16, Start
+from hasten.contract import Method
+from hasten.measure.macs import macs
+from hasten.methods.structure.aofp import AOFP
+
+CLAIM = "aofp: ResNet-56 at 50%, VGG-16 at 35% of the MACs, <= 0.5 points below training on; scoring <= 20% of a step"
+MINUTES = 18
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trained network and the settings it is pruned with; ``target`` of them is the share of MACs to keep."""
+
+    start: Start
+    method: AOFP
+
+
+PLANS = (
+    Plan(RESNET56, AOFP(target=0.5, theta=0.25, h=24, warmup=20, every=2, share=0.25)),
+    Plan(VGG16, AOFP(target=0.35, theta=0.3, h=10, warmup=10, every=1, share=0.25)),
+)
+
+
+def main(smoke: bool = False) -> None:
+    """Prune both networks, time the scoring, and store everything."""
+    runs = [pruned(plan, smoke) for plan in PLANS]
+    steps = [overhead(plan, smoke) for plan in PLANS]
+    claims = [row for _, rows in runs + steps for row in rows]
+    values = {
+        plan.start.model: {**run, **step}
+        for plan, (run, _), (step, _) in zip(PLANS, runs, steps, strict=True)
+    }
+    store("aofp", {"claim": CLAIM, **values}, smoke, claims)
+
+
+# -- accuracy
+def pruned(plan: Plan, smoke: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train a base and go on from it with and without AOFP; return the figures and the claim."""
+    method = AOFP(target=plan.method.target, theta=100.0, h=2, warmup=0, share=0.25) if smoke else plan.method
+    base = plan.start.base(smoke)
+    control = plan.start.on("control", base, [], smoke)
+    ours = plan.start.on("aofp", base, [method], smoke)
+    assert base.model is not None
+    assert ours.model is not None
+    x = torch.zeros(1, 3, 32, 32)
+    count = {name: macs(net, x).forward for name, net in (("base", base.model), ("pruned", ours.model))}
+    share, lost = count["pruned"] / count["base"], control.accuracy - ours.accuracy
+    text = (
+        f"{share:.3f} of the MACs at {100 * ours.accuracy:.2f}% (trained on without it {100 * control.accuracy:.2f}%, "
+        f"base {100 * base.accuracy:.2f}%), one seed; {plan.start}; h={method.h}, theta={method.theta:g}, "
+        f"every={method.every}, share={method.share:g} (authors: h=1000, theta=0.01, up to 600 epochs, then 600 more)"
+    )
+    runs = {"base": base, "control": control, "pruned": ours}
+    values = {
+        "settings": repr(method), "macs": count, "accuracy": {name: run.accuracy for name, run in runs.items()},
+        "witness": ours.witness["aofp"],
+    }  # fmt: skip
+    row = claim("aofp", f"{plan.start.model} on CIFAR-10 from a trained base", text,
+                target=f"<= {method.target:g} of the MACs, at most 0.5 points lost",
+                met=share <= method.target and lost <= 0.005)  # fmt: skip
+    return values, [row]
+
+
+# -- time
+def repeated(step: Step, times: int) -> Step:
+    """Return ``times`` steps as one, so that every timed piece holds the same number of scored ones."""
+
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def overhead(plan: Plan, smoke: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Time training steps with and without a search that masks nothing; return the figures and the claim."""
+    given = plan.method
+    x, y = real_images(32 if smoke else 128)
+    searching = AOFP(target=given.target, theta=0.0, h=given.every * 2, warmup=0, every=given.every, share=given.share,
+                     patience=10**6)  # fmt: skip
+    ours: dict[str, list[Method]] = {"strong": [], "scoring": [searching]}
+    arms = {
+        name: repeated(session_step(build(plan.start.model), x, y, [strong(), *methods]), given.every)
+        for name, methods in ours.items()
+    }
+    for _ in range(3):  # every layer has begun to search after h steps
+        arms["scoring"]()
+    timed = pairs(
+        f"{given.every} steps of {plan.start.model}, batch 128",
+        arms,
+        baseline="strong",
+        seconds=40,
+        smoke=smoke,
+    )
+    if "scoring" not in timed["ratios"]:
+        return {"steps": timed}, []
+    ratio = timed["ratios"]["scoring"]
+    text = f"{1 / ratio['ratio']:.3f}x the time of a step ({ratio['text']}), every={given.every}, share={given.share:g}"
+    row = claim("aofp", f"a training step of {plan.start.model} with scoring in all layers, batch 128", text,
+                target="<= 1.2x", met=timed["aa_ok"] and 1 / ratio["ratio"] <= 1.2)  # fmt: skip
+    return {"steps": timed}, [row]
