@@ -31,20 +31,20 @@ from hasten.recipe import Recipe
 NAME = "structured_sparsity_learning"
 CLAIM = "SSL, CIFAR-10: inference of AlexNet and ResNet-20 >= 3x faster at <= 1 point lost; ResNet-20 to 18 layers; columns"
 MINUTES = 18
-SMALL = 20_000
+SMALL = 15_000
 SMOKE = StructuredSparsityLearning(filter=2.0, channel=2.0, proximal=True, regularise=0.5)
 PLANS: dict[str, tuple[str, int | None, Recipe, Recipe, dict[str, StructuredSparsityLearning]]] = {
     "alexnet": (
-        "alexnet", None, PLAIN.with_(epochs=8.0, lr=0.05, eval_every=0.0),
-        PLAIN.with_(epochs=8.0, lr=0.02, eval_every=0.0),
+        "alexnet", None, PLAIN.with_(epochs=5.0, lr=0.05, eval_every=0.0),
+        PLAIN.with_(epochs=7.0, lr=0.02, eval_every=0.0),
         {"narrow": StructuredSparsityLearning(filter=4.5e-3, channel=4.5e-3, proximal=True, regularise=0.4)},
     ),
     "resnet20": (
-        "resnet20", SMALL, PLAIN.with_(epochs=10.0, eval_every=0.0),
-        PLAIN.with_(epochs=8.0, lr=0.05, eval_every=0.0),
+        "resnet20", SMALL, PLAIN.with_(epochs=8.0, eval_every=0.0),
+        PLAIN.with_(epochs=6.0, lr=0.05, eval_every=0.0),
         {
-            "narrow": StructuredSparsityLearning(filter=5e-3, channel=5e-3, proximal=True, regularise=0.5),
-            "shallow": StructuredSparsityLearning(filter=0.0, channel=0.0, depth=0.02, proximal=True, regularise=0.5),
+            "narrow": StructuredSparsityLearning(filter=8e-3, channel=8e-3, proximal=True, regularise=0.5),
+            "shallow": StructuredSparsityLearning(filter=0.0, channel=0.0, depth=0.035, proximal=True, regularise=0.5),
         },
     ),
 }  # fmt: skip

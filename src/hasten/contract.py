@@ -37,7 +37,7 @@ class MethodSpec:
     name: str
     title: str
     paper: str
-    saves: Literal["time per step", "samples", "iterations", "memory", "traffic", "data"]
+    saves: Literal["time per step", "samples", "iterations", "memory", "traffic", "data", "inference"]
     acts: str
     writes: frozenset[str]
     reads: frozenset[str] = frozenset()

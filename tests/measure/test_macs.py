@@ -108,6 +108,18 @@ def test_a_shared_layer_counts_each_call() -> None:
     assert macs(nn.Sequential(conv, conv), torch.zeros(1, 3, 4, 4)).forward == 2 * 9 * 16
 
 
+def test_inputs_given_by_name_are_counted() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    assert macs(Named(), torch.zeros(2, 3, 8, 8)).forward == 3 * 4 * 9 * 6 * 6
+
+
 def test_nothing_changes_in_the_model() -> None:
     model = models.build("resnet8", seed=1)
     model.layer1[0].bn1.eval()  # a mixed mode must come back as it was

@@ -104,11 +104,11 @@ def macs(model: nn.Module, sample: Tensor) -> MacCount:
     def hook_of(module: nn.Module) -> Callable[..., None]:
         trains = any(p.requires_grad for p in module.parameters(recurse=False))
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             nonlocal trainable_before
             name = names.get(module)
             if name is not None:
-                work = _layer_macs(module, inputs[0], output) // batch
+                work = _layer_macs(module, inputs[0] if inputs else named["input"], output) // batch
                 weight = module.weight
                 assert isinstance(weight, Tensor)
                 old = layers.get(name, LayerMacs(0, 0, 0, ""))
@@ -123,7 +123,7 @@ def macs(model: nn.Module, sample: Tensor) -> MacCount:
         return hook
 
     modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_hook(hook_of(module)) for module in model.modules()]
+    handles = [module.register_forward_hook(hook_of(module), with_kwargs=True) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():

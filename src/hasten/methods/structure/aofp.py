@@ -86,7 +86,7 @@ class AOFP(Method):
         title="Approximated Oracle Filter Pruning",
         paper="Ding, Ding, Guo, Han, Yan, Approximated Oracle Filter Pruning for Destructive CNN Width Optimization, "
         "ICML 2019, arXiv 1905.04748",
-        saves="time per step",
+        saves="inference",
         acts="ablates random halves of each layer's filters to find sets that can be masked, then removes those",
         writes=frozenset({"structure"}),
         layers=("Conv2d",),

@@ -103,7 +103,7 @@ class ResRep(Method):
         title="ResRep",
         paper="Ding et al., ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting, ICCV 2021, arXiv "
         "2007.03260",
-        saves="iterations",
+        saves="inference",
         acts="puts 1x1 compactors behind convolutions, shrinks the rows that matter least to zero and merges the rest",
         writes=frozenset({"gradients", "structure"}),
         layers=("Conv2d",),

@@ -111,7 +111,7 @@ class StructuredSparsityLearning(Method):
         name=NAME,
         title="SSL",
         paper="Wen, Wu, Wang, Chen, Li, Learning Structured Sparsity in Deep Neural Networks, NIPS 2016, arXiv 1608.03665",
-        saves="time per step",
+        saves="inference",
         acts="pulls filters, channels, kernel columns and layers of a trained network to zero by a group lasso, freezes "
         "the zeros and takes them out",
         writes=frozenset({"gradients", "structure"}),
