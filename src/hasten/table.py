@@ -90,5 +90,10 @@ METHODS: dict[str, Row] = {
         },
         {"filter": 0.0, "channel": 0.0, "shape": 0.0},
     ),
+    "adaptive_channel_layer_pruning": Row(
+        "hasten.methods.structure.adaptive_channel_layer_pruning:AdaptiveGatePruning",
+        {"g_c": 2.0, "target": 0.7, "k": 2.0, "patience": 0, "min_channels": 16},
+        {"g_c": 0.0, "g_b": 0.0},
+    ),
     "s3pool": Row("hasten.methods.forward.s3pool:S3Pool"),
 }

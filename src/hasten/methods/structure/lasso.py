@@ -299,7 +299,7 @@ def dead_channels(
         return True
 
     slots = [(slot, np.unique(channels.classes[slot.labels])) for slot in channels.slots.values()]
-    alike = _families(_whole([(slot.role, classes) for slot, classes in slots]))
+    alike = families(_whole([(slot.role, classes) for slot, classes in slots]))
     parts = [
         [np.unique(part) for part in channels.classes[tie.labels].reshape(tie.parts, -1)]
         for tie in channels.ties
@@ -331,7 +331,7 @@ def _whole(slots: Sequence[tuple[str, Array]]) -> list[Array]:
     ]
 
 
-def _families(slots: Sequence[Array]) -> list[Array]:
+def families(slots: Sequence[Array]) -> list[Array]:
     """Return the classes that lie in the same slots, one array each."""
     where: dict[int, list[int]] = {}
     for number, classes in enumerate(slots):
@@ -369,12 +369,12 @@ def dead_branches(channels: Channels, model: nn.Module, tau: float) -> list[str]
         layers = [n for n in branch.modules if is_ordinary(model.get_submodule(n))]
         dead = {n for n in layers if float(weight_of(model.get_submodule(n)).detach().abs().max()) <= tau}
         can_go = branch.identity or shortcut_of(model.get_submodule(block)) is not None
-        if dead and can_go and not _reaches(channels.graph, branch.end, dead):
+        if dead and can_go and not reaches(channels.graph, branch.end, dead):
             found.append(block)
     return [block for block in found if not any(block.startswith(f"{other}.") for other in found)]
 
 
-def _reaches(graph: fx.Graph, end: str, dead: set[str]) -> bool:
+def reaches(graph: fx.Graph, end: str, dead: set[str]) -> bool:
     """Return whether the input still reaches the module ``end`` on a path that no module of ``dead`` lies on."""
     live: dict[fx.Node, bool] = {}
     result = False
