@@ -30,7 +30,7 @@ class Plan:
 
 
 PLANS = (
-    Plan(RESNET56, AOFP(target=0.5, theta=0.25, h=24, warmup=20, every=2, share=0.25)),
+    Plan(RESNET56, AOFP(target=0.5, theta=0.25, h=18, warmup=10, every=2, share=0.25)),
     Plan(VGG16, AOFP(target=0.35, theta=0.3, h=10, warmup=10, every=1, share=0.25)),
 )
 

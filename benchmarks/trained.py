@@ -53,7 +53,8 @@ class Start:
             recipe = recipe.with_(epochs=1.0, batch_size=32)
         kept = nullcontext(str(WORK / "trained")) if not smoke else tempfile.TemporaryDirectory()
         with kept as folder:
-            out = Path(folder) / f"{self.model}-{self.images}-{self.before:g}-{self.epochs:g}-{name}"
+            after = "" if name == "base" else f"-{self.epochs:g}"
+            out = Path(folder) / f"{self.model}-{self.images}-{self.before:g}{after}-{name}"
             result = fit(model, data, [strong(), *methods], recipe=recipe, out=out)
         print(
             f"{self.model} {name}: {100 * result.accuracy:.2f}% in {result.seconds_train:.0f} s", flush=True
@@ -61,5 +62,5 @@ class Start:
         return result
 
 
-RESNET56 = Start("resnet56", 15_000, 8.0, 6.0)
-VGG16 = Start("vgg16", 5_000, 8.0, 6.0)
+RESNET56 = Start("resnet56", 15_000, 8.0, 4.0)
+VGG16 = Start("vgg16", 5_000, 10.0, 6.0)

@@ -252,6 +252,33 @@ def test_grouped_layers_must_lose_the_same_in_each_part(which: tuple[int, ...], 
     assert torch.allclose(model[3](model[2](model[0](x))), mid, atol=1e-12)
 
 
+def test_a_grouped_convolution_loses_groups_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 6, 3, padding=1, groups=3), nn.ReLU(),
+                          nn.Conv2d(6, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).double()  # fmt: skip
+    refused(model, [RemoveChannels("0", (4, 5, 6, 7))], "but not both")
+    refused(model, [RemoveChannels("2", (2, 3))], "but not both")
+    refused(model, [RemoveChannels("0", (4, 5, 6, 7, 8))], "or a group with all it reads and makes")
+    with torch.no_grad():
+        model[4].weight[:, 2:4] = 0  # nobody reads what the second group makes
+    x = images()
+    expected = model(x)
+    optimizer = SGD(model.parameters(), lr=0.0, momentum=0.9)
+    F.cross_entropy(expected, torch.arange(4)).backward()
+    optimizer.step()
+    kept = surgeon(model, (optimizer,))
+    kept.apply([RemoveChannels("0", (4, 5, 6, 7)), RemoveChannels("2", (2, 3))])
+    assert (model[2].groups, model[2].weight.shape) == (2, (4, 4, 3, 3))
+    assert optimizer.state[model[2].weight]["momentum_buffer"].shape == (4, 4, 3, 3)
+    assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-12)
+    kept.apply(
+        [RemoveChannels("0", (0, 5)), RemoveChannels("2", (1, 2))]
+    )  # then the same number in each that is left
+    assert (model[2].groups, model[2].weight.shape) == (2, (2, 3, 3, 3))
+    assert {key: slot.labels.size for key, slot in kept.channels.slots.items()} == {
+        key: slot.labels.size for key, slot in follow(model, x).slots.items()
+    }
+
+
 def test_nothing_to_remove_is_no_change() -> None:
     hand = surgeon(net("resnet8"))
     assert hand.apply([RemoveChannels("conv1", ())]) is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hasten.errors import OverPruneError, UnsupportedSurgeryError
@@ -102,14 +103,28 @@ def removal(channels: Channels, model: nn.Module, edits: Sequence[RemoveChannels
         note(result, model, slot, np.flatnonzero(stays))
         if slot.module in channels.warnings:
             result.warnings[slot.module] = channels.warnings[slot.module]
+    _check_parts(channels, model, lost)
+    return result
+
+
+def _check_parts(channels: Channels, model: nn.Module, lost: NDArray[np.bool_]) -> None:
+    """Raise UnsupportedSurgeryError where parts would differ; a grouped convolution may lose a group whole."""
+    modules = dict(model.named_modules())
+    empty: dict[str, NDArray[np.bool_]] = {}
     for tie in channels.ties:
         left = (~lost[channels.classes[tie.labels]]).reshape(tie.parts, -1).sum(1)
-        if len(set(left.tolist())) > 1:
+        whole = isinstance(modules.get(tie.name), nn.modules.conv._ConvNd)
+        if len(set(left[left > 0].tolist() if whole else left.tolist())) > 1:
             raise UnsupportedSurgeryError(
                 f"{tie.name!r} holds its channels in {tie.parts} parts that must stay equal; they would have "
-                f"{', '.join(map(str, left[:8].tolist()))} left. Remove the same number in each part."
+                f"{', '.join(map(str, left[:8].tolist()))} left. Remove the same number in each part"
+                f"{', or a group with all it reads and makes' if whole else ''}."
             )
-    return result
+        if whole and (empty.setdefault(tie.name, left == 0) != (left == 0)).any():
+            raise UnsupportedSurgeryError(
+                f"a group of {tie.name!r} would lose all that it reads or all that it makes, but not both. Remove both "
+                f"in one transaction, or the same number in each group."
+            )
 
 
 def widening(channels: Channels, model: nn.Module, edit: Widen) -> Reshape:
@@ -209,7 +224,10 @@ def note(result: Reshape, model: nn.Module, slot: Slot, index: Array, copies: Ar
             size(groups=count)
         else:
             each = module.in_channels // module.groups
-            move("weight", 1, where=index.reshape(module.groups, -1) % each)
+            groups = len(np.unique(index // each))  # fewer where whole groups go
+            size(groups=groups)
+            if len(index) % groups == 0:  # else the parts differ, which is refused
+                move("weight", 1, where=index.reshape(groups, -1) % each)
     elif slot.role == "norm":
         for tensor in ("weight", "bias", "running_mean", "running_var"):
             move(tensor, 0)

@@ -279,9 +279,10 @@ def after_removal(channels: Channels, change: Reshape) -> Channels:
     }
     present = np.unique(np.concatenate([slot.labels for slot in slots.values()]))
     here = np.unique(channels.classes[present])
-    ties = [
-        Tie(tie.name, tie.labels[np.isin(channels.classes[tie.labels], here)], tie.parts)
-        for tie in channels.ties
-    ]
+    ties = []
+    for tie in channels.ties:
+        stays = np.isin(channels.classes[tie.labels], here)
+        parts = int(stays.reshape(tie.parts, -1).any(1).sum())  # a grouped convolution may lose whole groups
+        ties.append(Tie(tie.name, tie.labels[stays], parts))
     return Channels(slots, channels.classes, channels.maker, channels.protected, ties, channels.graph,
                     channels.warnings)  # fmt: skip
