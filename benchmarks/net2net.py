@@ -39,7 +39,7 @@ def main(smoke: bool = False) -> None:
     """Run both comparisons and store them in one result."""
     data = cifar10()
     both = baselines(
-        PLAIN.with_(epochs=0.3, eval_every=0.0), STRONG.with_(epochs=1.0, lr=0.2, eval_every=0.0)
+        PLAIN.with_(epochs=0.1, eval_every=0.0), STRONG.with_(epochs=1.0, lr=0.2, eval_every=0.0)
     )
     base = both[1]
     arms = [

@@ -33,10 +33,13 @@ class Start:
         """Return the first run, without any method but those of the strong baseline."""
         return self._run("base", self.model, self.before, BASE_RATE, [], smoke)
 
-    def on(self, name: str, base: Result, methods: list[Method], smoke: bool) -> Result:
-        """Return the run called ``name`` that goes on from ``base`` with ``methods``; none for the control."""
+    def on(self, name: str, base: Result, methods: list[Method], smoke: bool, times: float = 1.0) -> Result:
+        """Return the run called ``name`` that goes on from ``base`` with ``methods``; none for the control.
+
+        times: how often as long as ``epochs``.
+        """
         assert base.model is not None
-        return self._run(name, base.model, self.epochs, MORE_RATE, methods, smoke)
+        return self._run(name, base.model, times * self.epochs, MORE_RATE, methods, smoke)
 
     def __str__(self) -> str:
         return (
@@ -53,7 +56,7 @@ class Start:
             recipe = recipe.with_(epochs=1.0, batch_size=32)
         kept = nullcontext(str(WORK / "trained")) if not smoke else tempfile.TemporaryDirectory()
         with kept as folder:
-            after = "" if name == "base" else f"-{self.epochs:g}"
+            after = "" if name == "base" else f"-{epochs:g}"
             out = Path(folder) / f"{self.model}-{self.images}-{self.before:g}{after}-{name}"
             result = fit(model, data, [strong(), *methods], recipe=recipe, out=out)
         print(
