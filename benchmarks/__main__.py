@@ -16,10 +16,14 @@ from pathlib import Path
 import benchmarks
 
 
+HELPERS = ("common", "trained")
+"""Modules that benchmarks share."""
+
+
 def names() -> list[str]:
     """Return the names of all benchmarks."""
     found = (m.name for m in pkgutil.iter_modules(benchmarks.__path__))
-    return sorted(name for name in found if not name.startswith("_") and name != "common")
+    return sorted(name for name in found if not name.startswith("_") and name not in HELPERS)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ single convolutions with dead columns, dense and in every form that computes the
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,9 @@ def accuracies(smoke: bool, folder: Path) -> dict[str, dict[str, Result]]:
         assert base.model is not None
         runs = {"base": base, "control": train(f"{key}-control", base.model, data, more, [], folder)}
         for arm, method in arms.items():
-            chosen = SMOKE if smoke and arm == "narrow" else method
+            chosen = method
+            if smoke:  # in another network, whose blocks have other names
+                chosen = SMOKE if arm == "narrow" else dataclasses.replace(method, multipliers=None)
             recipe = more if smoke else more.with_(epochs=LONGER.get(arm, 1.0) * more.epochs)
             runs[arm] = train(f"{key}-{arm}", base.model, data, recipe, [chosen], folder)
         found[key] = runs
