@@ -15,7 +15,6 @@ from pathlib import Path
 
 import benchmarks
 
-
 HELPERS = ("common", "trained")
 """Modules that benchmarks share."""
 
