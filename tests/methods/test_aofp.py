@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.ranks import two_ranks
 from tests.surgery.nets import images, net
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -759,21 +757,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_average_their_scores_and_stay_one_network(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, root, str(rank), str(tmp_path)], env=environment,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        complaints = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in ranks), complaints
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, two = two_ranks(RANK, tmp_path)
     assert len(one["log"]) >= 2
     assert one["log"] == two["log"]
     parameters = {n for n, _ in toy().named_parameters()}

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.ranks import two_ranks
 from tests.surgery.nets import images, net, removable
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -911,21 +909,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_set_one_lambda_and_stay_one_network(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, root, str(rank), str(tmp_path)], env=environment,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        complaints = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], complaints
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = two_ranks(RANK, tmp_path)
     assert first["lam"] == second["lam"]
     assert first["removed"] == second["removed"] > 0
     for name, value in first["model"].items():
