@@ -264,7 +264,7 @@ def main(smoke: bool = False) -> None:
     claims = [*network_claims(runs, timed), *column_claims(dead)]
     rows = {
         key: {
-            arm: {"accuracy": run.accuracy, "seconds": run.seconds_train, "witness": run.witness} for arm, run in own.items()
+            arm: {"accuracy": run.accuracy, "witness": run.witness} for arm, run in own.items()
         }
         for key, own in runs.items()
     }  # fmt: skip
