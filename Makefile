@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test check bench smoke clean
+# what the extension is built from: a change builds it anew
+NATIVE := CMakeLists.txt $(wildcard src/hasten/kernels/cpu/*)
+ASAN := build/asan
+
+.PHONY: setup demo test asan check bench smoke clean
 
 setup: $(STAMP)
 
 # torch comes first and from the constraints file, so that nothing else chooses its build
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -20,6 +24,16 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the kernels' tests with every read and write of memory checked
+asan: setup $(ASAN)/.ready
+	OMP_NUM_THREADS=2 LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		HASTEN_NATIVE="$$(ls $(ASAN)/hasten/_native*.so)" $(BIN)/python -m pytest tests/kernels -p no:xdist -m "not gpu"
+
+$(ASAN)/.ready: $(NATIVE) | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ASAN) \
+		-C cmake.define.HASTEN_SANITIZE=ON -C build-dir=build/asan-objects .
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -34,4 +48,4 @@ smoke: setup
 	$(BIN)/python -m benchmarks --smoke
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs
