@@ -101,7 +101,7 @@ def test_the_operator_is_well_formed() -> None:
 
 def test_other_dtypes_are_refused() -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.int32):
-        with pytest.raises(UnsupportedError, match="allowed: torch.float32"):
+        with pytest.raises(UnsupportedError, match=r"allowed: torch\.float32"):
             round_bfloat16(torch.zeros(4, dtype=dtype), 1)
 
 
