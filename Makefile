@@ -27,8 +27,8 @@ test: setup
 
 # the kernels' tests with every read and write of memory checked
 asan: setup $(ASAN)/.ready
-	OMP_NUM_THREADS=2 LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		HASTEN_NATIVE="$$(ls $(ASAN)/hasten/_native*.so)" $(BIN)/python -m pytest tests/kernels -p no:xdist -m "not gpu"
+	OMP_NUM_THREADS=2 LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		HASTEN_NATIVE="$$(ls $(ASAN)/hasten/_native*.so)" $(BIN)/python -m pytest tests/kernels -s -k "not triton"
 
 $(ASAN)/.ready: $(NATIVE) | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ASAN) \

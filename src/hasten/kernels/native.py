@@ -32,31 +32,39 @@ def extension() -> ModuleType | None:
 
     Raises SettingsError for an instruction set (HASTEN_ISA) that does not exist or that this machine lacks.
     """
-    given = os.environ.get("HASTEN_NATIVE", "")
-    if given == "off":
-        return None
-    try:
-        module = _from_file(given) if given else importlib.import_module("hasten._native")
-    except ImportError as error:
+    module, problem = _load()
+    if problem:
         warnings.warn(
-            f"hasten's native kernels are not built ({error}), so the methods that use them run their reference path, "
+            f"hasten's native kernels are not built ({problem}), so the methods that use them run their reference path, "
             "which is slower than no method at all. Install g++ and python3-dev, then install hasten again.",
             SlowPathWarning,
             stacklevel=2,
-        )
-        return None
-    wanted = os.environ.get("HASTEN_ISA", "")
-    if wanted and not module.set_isa(wanted):
-        raise SettingsError(
-            f"HASTEN_ISA={wanted!r} cannot run here; allowed: {', '.join(ISAS[: ISAS.index(module.best_isa()) + 1])}."
         )
     return module
 
 
 def instruction_set() -> str:
     """Return which kernels run on the CPU: "avx512", "avx2", "portable", or "reference" without the extension."""
-    module = extension()
+    module, _ = _load()
     return "reference" if module is None else str(module.isa())
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the extension, or None and why it is missing (nothing where that was asked for)."""
+    given = os.environ.get("HASTEN_NATIVE", "")
+    if given == "off":
+        return None, ""
+    try:
+        module = _from_file(given) if given else importlib.import_module("hasten._native")
+    except ImportError as error:
+        return None, str(error)
+    wanted = os.environ.get("HASTEN_ISA", "")
+    if wanted and not module.set_isa(wanted):
+        raise SettingsError(
+            f"HASTEN_ISA={wanted!r} cannot run here; allowed: {', '.join(ISAS[: ISAS.index(module.best_isa()) + 1])}."
+        )
+    return module, ""
 
 
 def _from_file(path: str) -> ModuleType:

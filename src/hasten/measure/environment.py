@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from hasten.kernels.native import instruction_set
 from hasten.measure.load import Limits, Load, Watch, busy, load_average, reading, steal_ticks
 
 __all__ = [
@@ -79,6 +80,7 @@ def environment() -> dict[str, object]:
         "scipy": _version("scipy"),
         "hasten": _version("hasten"),
         "parallel": _parallel(torch.__config__.parallel_info()),
+        "kernels": instruction_set(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
