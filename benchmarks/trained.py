@@ -65,5 +65,5 @@ class Start:
         return result
 
 
-RESNET56 = Start("resnet56", 15_000, 8.0, 4.0)
+RESNET56 = Start("resnet56", 15_000, 8.0, 12.0)
 VGG16 = Start("vgg16", 5_000, 10.0, 6.0)
