@@ -81,7 +81,8 @@ def pruned(plan: Plan, smoke: bool) -> tuple[dict[str, Any], list[dict[str, Any]
             text += (
                 f"; {ours.seconds_train:.0f} s of training against {control.seconds_train:.0f} s without it"
             )
-        met = share <= method.target and control.accuracy - ours.accuracy <= 0.005
+        fair = name == "pruned" or plan.alone  # a longer run may only count where its time was measured
+        met = share <= method.target and control.accuracy - ours.accuracy <= 0.005 and fair
         claims.append(claim("aofp", f"{start.model} on CIFAR-10 from a trained base", text,
                             target=f"<= {method.target:g} of the MACs, at most 0.5 points lost", met=met))  # fmt: skip
     values = {
