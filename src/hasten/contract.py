@@ -60,18 +60,23 @@ class Effect:
     """What attaching a method did: layers touched and skipped, with a note or reason for each, and the work saved.
 
     ``work`` is the expected share of training MACs that remains (1.0 = all), where the method can tell beforehand.
+    ``emulated`` says that a number format is imitated in another: the run's time then says nothing, and none is reported.
     """
 
     touched: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     saves: str = ""
     work: float | None = None
+    emulated: bool = False
 
     def lines(self) -> list[str]:
-        """Return the effect as text, a line each layer."""
-        return [f"  {name}: {note}" for name, note in self.touched.items()] + [
-            f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()
-        ]
+        """Return the effect as text, a line each layer, an emulation first."""
+        told = ["  emulated: accuracy as in the format; time and memory are not"] if self.emulated else []
+        return (
+            told
+            + [f"  {name}: {note}" for name, note in self.touched.items()]
+            + [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]
+        )
 
 
 @dataclass(slots=True)

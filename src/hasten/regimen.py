@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hasten.data import Images, Loader
 from hasten.models import record_recipe
-from hasten.optim.average import float_tensors
+from hasten.optim.average import float_tensors, wide_copies
 from hasten.optim.ema import EMA
 from hasten.recipe import Recipe
 from hasten.surgery import Change
@@ -127,7 +127,7 @@ class Record:
         """Let lookahead begin from the weights that there are now."""
         ahead = self.training.lookahead
         if ahead is not None:
-            ahead.slow = {name: value.clone() for name, value in float_tensors(self.model).items()}
+            ahead.slow = wide_copies(self.model)
 
     def restart(self) -> None:
         """Lookahead pulls the weights themselves, so nothing old is evaluated."""

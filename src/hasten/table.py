@@ -25,12 +25,21 @@ METHODS: dict[str, Row] = {
     "mixed_precision": Row(
         "hasten.methods.forward.mixed_precision:MixedPrecision", {"dtype": "bfloat16", "force": True}
     ),
+    "limited_precision": Row(
+        "hasten.methods.forward.limited_precision:LimitedPrecision", limit={"until": 0.0}
+    ),
     "approximate_tensor_ops": Row(
         "hasten.methods.products.approximate_tensor_ops:ApproximateTensorOps", limit={"ratio": 1.0}
     ),
     "error_map_pruning": Row(
         "hasten.methods.products.error_map_pruning:ErrorMapPruning", limit={"keep": 1.0}
     ),
+    "adaptive_deep_reuse": Row(
+        "hasten.methods.products.adaptive_deep_reuse:AdaptiveDeepReuse",
+        {"kernel": "native", "max_error": 1.0},
+        {"kernel": "dense"},
+    ),
+    "actnn": Row("hasten.methods.products.actnn:ActNN", {"every": 3}, {"level": "L0"}),
     "early_instance_filtering": Row(
         "hasten.methods.samples.early_instance_filtering:EarlyInstanceFiltering",
         {"warmup": 2, "min_keep": 4, "round_to": 16},

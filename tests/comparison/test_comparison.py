@@ -157,6 +157,25 @@ def test_ratios_and_verdicts_follow_from_the_runs() -> None:
     assert json.loads(json.dumps(data)) == data
 
 
+def test_no_gain_is_told_of_an_emulated_format() -> None:
+    plain, strong = baselines()
+    arms = [plain, strong, *controls(strong, (0.5,)), Arm("imitated", STRONG)]
+    records = [fake(arm.name, seed, 10.0, 0.9) for seed in range(3) for arm in arms]
+    for record in records:
+        if record["arm"] == "imitated":
+            record["seconds_train"] = 1.0
+            record["effects"] = {
+                "narrow": {"touched": {}, "skipped": {}, "saves": "", "work": None, "emulated": True}
+            }
+    data = summarise(Workload("lenet", small_data()), arms, records, target="plain")
+    row = next(arm for arm in data["arms"] if arm["name"] == "imitated")
+    for ratio in (row["vs_strong"], row["vs_plain"], row["vs_curve"]):
+        assert ratio is not None
+        assert ratio["ratio"] is None
+        assert "narrow: an emulated format" in (ratio["reason"] or "")
+    assert data["verdict"]["claim"] != "imitated"
+
+
 def test_disturbed_blocks_leave_the_ratios_and_are_named() -> None:
     plain, strong = baselines()
     records = [fake("plain", s, 40.0, 0.9) for s in range(4)] + [

@@ -138,6 +138,22 @@ def test_ema_with_warmup_forgets_the_start() -> None:
     assert all(torch.allclose(ema.average[key], value, atol=1e-5) for key, value in state(model).items())
 
 
+def test_weights_of_16_bits_are_averaged_in_float32() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    ema = EMA(model, 0.999, warmup=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema.average["weight"].fill_(0.0)
+    for _ in range(100):
+        ema.update(model)
+    expected = 1 - 0.999**100  # in bfloat16 the average would stand still where steps are below its own
+    assert torch.allclose(ema.average["weight"], torch.full((2, 2), expected), rtol=1e-4)
+    ahead = Lookahead(model, 10)
+    assert {slow.dtype for slow in ahead.slow.values()} == {torch.float32}
+    ahead.update(model, 5)
+    assert model.weight.dtype == torch.bfloat16
+
+
 def test_the_average_is_lent_for_a_block() -> None:
     model = net(0)
     ema = EMA(model, 0.5)

@@ -168,9 +168,13 @@ def _pairs(base: Sequence[Record], own: Sequence[Record], kept: set[int]) -> lis
 
 
 def _versus(base: Sequence[Record], own: Sequence[Record], kept: set[int], goal: float) -> schema.Versus:
-    pairs = _pairs(base, own, kept)
-    empty: schema.Versus = {"ratio": None, "lo": None, "hi": None, "reason": "no pair of runs finished", "n": 0,
-                            "p": None, "verdict": "not measured", "note": ""}  # fmt: skip
+    imitated = _emulated(own)
+    pairs = [] if imitated else _pairs(base, own, kept)
+    reason = (
+        f"{imitated}: an emulated format, whose time says nothing" if imitated else "no pair of runs finished"
+    )
+    empty: schema.Versus = {"ratio": None, "lo": None, "hi": None, "reason": reason, "n": 0, "p": None,
+                            "verdict": "not measured", "note": ""}  # fmt: skip
     if not pairs:
         return empty
     ratio = stats.speedup([a for a, _ in pairs], [b for _, b in pairs])
@@ -198,12 +202,21 @@ def _against_curve(
         if point.kind in ("strong", "control") and good:
             points.append(CurvePoint(point.budget, tuple(r["seconds_train"] for r in good), tuple(r["accuracy"] for r in good)))  # fmt: skip
     own = [r for r in by_arm[arm.name] if r["failure"] is None and r["block"] in kept]
+    if imitated := _emulated(own):
+        return {"ratio": None, "lo": None, "hi": None, "reason": f"{imitated}: an emulated format"}
     if len(points) < 2 or not own:
         return {"ratio": None, "lo": None, "hi": None, "reason": "the shortened baselines were not run"}
     found = speedup_against_curve(points, [r["seconds_train"] for r in own], [r["accuracy"] for r in own])
     bounded = found.low is not None and found.high is not None and found.low > 0 and math.isfinite(found.high)
     return {"ratio": found.ratio, "lo": found.low if bounded else None, "hi": found.high if bounded else None,
             "reason": found.reason or (None if bounded else "some resamples lie outside the measured curve")}  # fmt: skip
+
+
+def _emulated(own: Sequence[Record]) -> str:
+    """Return the names of the methods whose number format was only imitated in these runs."""
+    return ", ".join(
+        dict.fromkeys(n for r in own for n, e in r.get("effects", {}).items() if e.get("emulated"))
+    )
 
 
 def _witness(own: Sequence[Record]) -> dict[str, float]:

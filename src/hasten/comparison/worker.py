@@ -69,7 +69,8 @@ def run_arm(workload: Workload, arm: Arm, seed: int, out: Path | None = None) ->
         record |= {
             "accuracy": result.accuracy, "curve": [list(row) for row in result.curve], "spans": result.spans,
             "counters": result.counters, "witness": result.witness, "seconds_train": result.seconds_train,
-            "effects": {name: {"touched": e.touched, "skipped": e.skipped, "saves": e.saves, "work": e.work}
+            "effects": {name: {"touched": e.touched, "skipped": e.skipped, "saves": e.saves, "work": e.work,
+                               "emulated": e.emulated}
                         for name, e in result.effects.items()},
         }  # fmt: skip
         idle = [name for name, counts in result.witness.items() if counts and not any(counts.values())]

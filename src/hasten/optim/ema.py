@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import SettingsError
-from hasten.optim.average import check_names, float_tensors
+from hasten.optim.average import check_names, float_tensors, wide_copies
 
 
 class EMA:
@@ -18,7 +18,7 @@ class EMA:
 
     ``decay`` is per optimizer step. With ``warmup`` the decay of update t is at most t / (t + 10), so that
     the start of training is forgotten soon. ``average`` holds the tensors by state_dict name: surgery on the
-    model must do the same to them. Integer buffers stay the net's own. Raises SettingsError.
+    model must do the same to them; weights of 16 bits are averaged in float32, which small steps need. Integer buffers stay the net's own. Raises SettingsError.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, *, warmup: bool = True) -> None:
@@ -26,7 +26,7 @@ class EMA:
             raise SettingsError(f"EMA: decay (={decay}) must be in [0, 1)")
         self.decay, self.warmup = decay, warmup
         self.updates = 0
-        self.average: dict[str, Tensor] = {key: value.clone() for key, value in float_tensors(model).items()}
+        self.average: dict[str, Tensor] = wide_copies(model)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -36,7 +36,7 @@ class EMA:
         fast = float_tensors(model)
         check_names("EMA", self.average, fast)
         for key, average in self.average.items():
-            average.lerp_(fast[key].to(average.device), 1 - decay)
+            average.lerp_(fast[key].to(average), 1 - decay)
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:

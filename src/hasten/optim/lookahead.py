@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import SettingsError
-from hasten.optim.average import check_names, float_tensors
+from hasten.optim.average import check_names, float_tensors, wide_copies
 
 
 def lookahead_decay(step: int, total: int, every: int = 5, base: float = 0.95, power: float = 3.0) -> float:
@@ -36,7 +36,7 @@ class Lookahead:
                 f"base={base} in [0, 1], power={power} >= 0"
             )
         self.total, self.every, self.base, self.power = total, every, base, power
-        self.slow: dict[str, Tensor] = {key: value.clone() for key, value in float_tensors(model).items()}
+        self.slow: dict[str, Tensor] = wide_copies(model)
 
     def update(self, model: nn.Module, step: int) -> bool:
         """Account for ``step`` finished steps (1 to total); returns whether the net's weights changed
@@ -58,7 +58,7 @@ class Lookahead:
         fast = float_tensors(model)
         check_names("lookahead", self.slow, fast)
         for key, slow in self.slow.items():
-            slow.lerp_(fast[key].to(slow.device), 1 - decay)
+            slow.lerp_(fast[key].to(slow), 1 - decay)
             fast[key].copy_(slow)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,455 @@
+#include "deep_reuse.h"
+
+#include "deep_reuse_clusters.h"
+#include "deep_reuse_vectors.h"
+#include "parallel.h"
+
+namespace hasten {
+namespace HASTEN_ISA {
+
+namespace {
+
+// -- output
+
+// The products of all rows of a block with the outputs of a tile: z (rows, taps, WIDE).
+void products(const float *means, int64_t rows, const float *packed, const DeepReuse &of, float *z) {
+    const int64_t taps = of.taps(), length = of.length, line = taps * WIDE;
+    int64_t row = 0;
+    for (; row + 12 <= rows; row += 12)
+        for (int64_t t = 0; t < taps; ++t)
+            rows_times<12>(means + row * length, length, packed + t * WIDE, line, length, z + row * line + t * WIDE, line);
+    for (; row + 4 <= rows; row += 4)
+        for (int64_t t = 0; t < taps; ++t)
+            rows_times<4>(means + row * length, length, packed + t * WIDE, line, length, z + row * line + t * WIDE, line);
+    for (; row < rows; ++row)
+        for (int64_t t = 0; t < taps; ++t)
+            rows_times<1>(means + row * length, length, packed + t * WIDE, line, length, z + row * line + t * WIDE, line);
+}
+
+// y = start + the products that the patches of N neighbouring outputs meet in `held` blocks.
+template <int N, bool SCALED>
+inline void gather(const float *z, const int32_t *offset, const float *scale, int64_t held, const DeepReuse &of,
+                   int64_t plane, int64_t wide, const float *start, int64_t step, float *y) {
+    V sum[N][2];
+    for (int i = 0; i < N; ++i) {
+        sum[i][0] = load(start + i * step);
+        sum[i][1] = load(start + i * step + 16);
+    }
+    for (int64_t b = 0; b < held; ++b) {
+        const float *tap = z;
+        for (int64_t row = 0; row < of.kernel_h; ++row) {
+            const int32_t *at = offset + b * plane + row * wide;
+            const float *by = SCALED ? scale + b * plane + row * wide : nullptr;
+            for (int64_t column = 0; column < of.kernel_w; ++column, tap += WIDE) {
+                for (int i = 0; i < N; ++i) {
+                    const float *from = tap + at[i * of.stride_w + column];
+                    if (SCALED) {
+                        const V factor = all(by[i * of.stride_w + column]);
+                        sum[i][0] += factor * load(from);
+                        sum[i][1] += factor * load(from + 16);
+                    } else {
+                        sum[i][0] += load(from);
+                        sum[i][1] += load(from + 16);
+                    }
+                }
+            }
+        }
+    }
+    for (int i = 0; i < N; ++i) {
+        save(y + i * WIDE, sum[i][0]);
+        save(y + i * WIDE + 16, sum[i][1]);
+    }
+}
+
+template <class Y, bool SCALED>
+void output_tile(const ReuseClusters &from, const float *w, const float *bias, const float *z, const int64_t *first,
+                 const DeepReuse &of, Y *y, int64_t tile) {
+    const int64_t taps = of.taps(), line = taps * WIDE, pixels = of.pixels(), capacity = of.capacity();
+    const int64_t high = of.height + 2 * of.pad_h, wide = of.width + 2 * of.pad_w, plane = high * wide;
+    const int64_t outs = of.out_height * of.out_width, image = of.height * of.width, blocks = of.blocks();
+    int64_t most = 0, all_rows = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t rows = from.starts[b * (of.groups + 1) + of.groups];
+        most = rows > most ? rows : most;
+        all_rows += rows;
+    }
+    int64_t space = most * line > HELD ? most * line : HELD;
+    if (all_rows * line < space) space = all_rows * line;
+    float *held_z = room<float>(space);
+    float *packed = room<float>(of.length * line);
+    float *sums = room<float>(of.images * outs * WIDE);
+    int32_t *offset = room<int32_t>(blocks * plane);
+    float *scale = SCALED ? room<float>(blocks * plane) : nullptr;
+    float start[WIDE];
+    for (int64_t j = 0; j < WIDE; ++j) start[j] = bias != nullptr && tile * WIDE + j < of.outputs ? bias[tile * WIDE + j] : 0.0F;
+    for (int64_t begin = 0; begin < blocks;) {
+        int64_t end = begin, used = 0;
+        int64_t *bases = room<int64_t>(blocks);
+        for (; end < blocks; ++end) {
+            const int64_t rows = from.starts[end * (of.groups + 1) + of.groups];
+            if (used + rows * line > space) break;
+            float *to = held_z + used;
+            if (z == nullptr) {
+                pack(w, of, tile, end, packed);
+                products(from.means + end * capacity * of.length, rows, packed, of, to);
+            } else {
+                const int64_t width = of.outputs - tile * WIDE < WIDE ? of.outputs - tile * WIDE : WIDE;
+                std::memset(to, 0, sizeof(float) * static_cast<std::size_t>(rows * line));
+                for (int64_t r = 0; r < rows * taps; ++r)
+                    std::memcpy(to + r * WIDE, z + (first[end] * taps + r) * of.outputs + tile * WIDE,
+                                sizeof(float) * static_cast<std::size_t>(width));
+            }
+            bases[end] = used;
+            used += rows * line;
+        }
+        for (int64_t n = 0; n < of.images; ++n) {
+            for (int64_t b = begin; b < end; ++b) {  // offsets of the padded image; padding is the zero cluster
+                const int32_t base = static_cast<int32_t>(bases[b]), step = static_cast<int32_t>(line);
+                int32_t *to = offset + (b - begin) * plane;
+                float *factor = SCALED ? scale + (b - begin) * plane : nullptr;
+                const int32_t *ids = from.ids + b * pixels + n * image;
+                if (of.pad_h + of.pad_w > 0)
+                    for (int64_t i = 0; i < plane; ++i) {
+                        to[i] = base;
+                        if (SCALED) factor[i] = 0.0F;
+                    }
+                for (int64_t r = 0; r < of.height; ++r)
+                    for (int64_t c = 0; c < of.width; ++c) {
+                        const int64_t at = (r + of.pad_h) * wide + of.pad_w + c;
+                        to[at] = base + ids[r * of.width + c] * step;
+                        if (SCALED) factor[at] = from.scale[b * pixels + n * image + r * of.width + c];
+                    }
+            }
+            for (int64_t r = 0; r < of.out_height; ++r) {
+                const int64_t corner = r * of.stride_h * wide;
+                float *to = sums + (n * outs + r * of.out_width) * WIDE;
+                int64_t c = 0;
+                for (; c + 4 <= of.out_width; c += 4) {
+                    const int64_t at = corner + c * of.stride_w;
+                    gather<4, SCALED>(held_z, offset + at, SCALED ? scale + at : nullptr, end - begin, of, plane, wide,
+                                      begin == 0 ? start : to + c * WIDE, begin == 0 ? 0 : WIDE, to + c * WIDE);
+                }
+                for (; c < of.out_width; ++c) {
+                    const int64_t at = corner + c * of.stride_w;
+                    gather<1, SCALED>(held_z, offset + at, SCALED ? scale + at : nullptr, end - begin, of, plane, wide,
+                                      begin == 0 ? start : to + c * WIDE, begin == 0 ? 0 : WIDE, to + c * WIDE);
+                }
+            }
+        }
+        std::free(bases);
+        begin = end;
+    }
+    const int64_t width = of.outputs - tile * WIDE < WIDE ? of.outputs - tile * WIDE : WIDE;
+    for (int64_t i = 0; i < of.images * outs; ++i)
+        for (int64_t j = 0; j < width; ++j) put(y + i * of.outputs + tile * WIDE + j, sums[i * WIDE + j]);
+    std::free(scale);
+    std::free(offset);
+    std::free(sums);
+    std::free(packed);
+    std::free(held_z);
+}
+
+// -- gradients
+
+// Where grad_output lies while it is gathered: (tiles, images, high, wide, WIDE), with a border of zeros for stride 1.
+struct Field {
+    int64_t border_h, border_w, high, wide;
+    explicit Field(const DeepReuse &of) {
+        const bool plain = of.stride_h == 1 && of.stride_w == 1;
+        border_h = plain && of.kernel_h - 1 > of.pad_h ? of.kernel_h - 1 - of.pad_h : 0;
+        border_w = plain && of.kernel_w - 1 > of.pad_w ? of.kernel_w - 1 - of.pad_w : 0;
+        high = of.out_height + 2 * border_h;
+        wide = of.out_width + 2 * border_w;
+    }
+};
+
+template <class Y>
+void lay_out(const Y *grad, const DeepReuse &of, const Field &field, int64_t tile, int64_t n, float *to) {
+    const int64_t width = of.outputs - tile * WIDE < WIDE ? of.outputs - tile * WIDE : WIDE;
+    if (field.border_h + field.border_w > 0 || width < WIDE)
+        std::memset(to, 0, sizeof(float) * static_cast<std::size_t>(field.high * field.wide * WIDE));
+    for (int64_t r = 0; r < of.out_height; ++r)
+        for (int64_t c = 0; c < of.out_width; ++c) {
+            const Y *from = grad + ((n * of.out_height + r) * of.out_width + c) * of.outputs + tile * WIDE;
+            float *line = to + ((r + field.border_h) * field.wide + c + field.border_w) * WIDE;
+            for (int64_t j = 0; j < width; ++j) line[j] = number(from[j]);
+        }
+}
+
+// g[tap] of the KW taps in one row of the kernel, for one cluster, at stride 1: `at` is where a member's last tap lies.
+template <int KW, bool SCALED>
+inline void sum_row(const float *field, const int32_t *at, const float *scale, const int32_t *members, int64_t count,
+                    float *g) {
+    V sum[KW][2];
+    for (int k = 0; k < KW; ++k) sum[k][0] = sum[k][1] = all(0.0F);
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t p = members[i];
+        const float *from = field + static_cast<int64_t>(at[i]) * WIDE;
+        if (SCALED) {
+            const V factor = all(scale[p]);
+            for (int k = 0; k < KW; ++k) {
+                sum[k][0] += factor * load(from + k * WIDE);
+                sum[k][1] += factor * load(from + k * WIDE + 16);
+            }
+        } else {
+            for (int k = 0; k < KW; ++k) {
+                sum[k][0] += load(from + k * WIDE);
+                sum[k][1] += load(from + k * WIDE + 16);
+            }
+        }
+    }
+    for (int k = 0; k < KW; ++k) {  // memory runs against the taps
+        save(g + (KW - 1 - k) * WIDE, sum[k][0]);
+        save(g + (KW - 1 - k) * WIDE + 16, sum[k][1]);
+    }
+}
+
+template <bool SCALED>
+void sum_plain(const float *field, const Field &shape, const DeepReuse &of, const float *scale, const int32_t *members,
+               const int32_t *at, int64_t count, float *g) {
+    for (int64_t row = 0; row < of.kernel_h; ++row, g += of.kernel_w * WIDE) {
+        const float *from = field + (of.kernel_h - 1 - row) * shape.wide * WIDE;
+        switch (of.kernel_w) {
+            case 1: sum_row<1, SCALED>(from, at, scale, members, count, g); break;
+            case 3: sum_row<3, SCALED>(from, at, scale, members, count, g); break;
+            case 5: sum_row<5, SCALED>(from, at, scale, members, count, g); break;
+            default:
+                for (int64_t column = 0; column < of.kernel_w; ++column)
+                    sum_row<1, SCALED>(from + (of.kernel_w - 1 - column) * WIDE, at, scale, members, count,
+                                       g + column * WIDE);
+        }
+    }
+}
+
+// The same for other strides, where a member meets only some taps.
+template <bool SCALED>
+void sum_strided(const float *field, const DeepReuse &of, const float *scale, const int32_t *members, int64_t count,
+                 float *g) {
+    const int64_t image = of.height * of.width;
+    std::memset(g, 0, sizeof(float) * static_cast<std::size_t>(of.taps() * WIDE));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t p = members[i], n = p / image, r = p % image / of.width, c = p % of.width;
+        const V factor = all(SCALED ? scale[p] : 1.0F);
+        for (int64_t row = 0; row < of.kernel_h; ++row) {
+            const int64_t above = r + of.pad_h - row, out_r = above / of.stride_h;
+            if (above < 0 || above % of.stride_h != 0 || out_r >= of.out_height) continue;
+            for (int64_t column = 0; column < of.kernel_w; ++column) {
+                const int64_t left = c + of.pad_w - column, out_c = left / of.stride_w;
+                if (left < 0 || left % of.stride_w != 0 || out_c >= of.out_width) continue;
+                const float *from = field + ((n * of.out_height + out_r) * of.out_width + out_c) * WIDE;
+                float *to = g + (row * of.kernel_w + column) * WIDE;
+                save(to, load(to) + factor * load(from));
+                save(to + 16, load(to + 16) + factor * load(from + 16));
+            }
+        }
+    }
+}
+
+struct Part {  // a part of the backward pass: one block, some tiles
+    const float *fields;
+    const ReuseClusters &from;
+    const float *w;
+    const DeepReuse &of;
+    float *back;  // (rows, padded length): sums for grad_x of this part, or null
+    float *grad_w;
+    int64_t block, tile_begin, tile_end;
+};
+
+template <bool SCALED>
+void backward_part(const Part &task) {
+    const DeepReuse &of = task.of;
+    const Field shape(of);
+    const int64_t taps = of.taps(), line = taps * WIDE, length = of.length, lanes = (length + 15) / 16 * 16;
+    const int64_t pixels = of.pixels(), capacity = of.capacity(), image = of.height * of.width, block = task.block;
+    const bool plain = of.stride_h == 1 && of.stride_w == 1;
+    const int64_t rows = task.from.starts[block * (of.groups + 1) + of.groups];
+    const int32_t *ids = task.from.ids + block * pixels, *counts = task.from.counts + block * capacity;
+    const float *means = task.from.means + block * capacity * length;
+    const float *scale = SCALED ? task.from.scale + block * pixels : nullptr;
+    int32_t *ends = room<int32_t>(rows + 1), *members = room<int32_t>(pixels), *at = room<int32_t>(pixels);
+    float *g = room<float>(ROWS * line), *packed = room<float>(length * line), *turned = room<float>(line * lanes);
+    float *sums = room<float>(length * line);
+
+    // members in the order of their clusters
+    ends[0] = 0;
+    for (int64_t r = 0; r < rows; ++r) ends[r + 1] = ends[r] + counts[r];
+    for (int64_t p = 0; p < pixels; ++p) members[ends[ids[p]]++] = static_cast<int32_t>(p);
+    for (int64_t i = 0; i < pixels; ++i) {  // the output seen through the kernel's last tap
+        const int64_t p = members[i], n = p / image, r = p % image / of.width, c = p % of.width;
+        const int64_t up = r + of.pad_h - (of.kernel_h - 1) + shape.border_h;
+        const int64_t left = c + of.pad_w - (of.kernel_w - 1) + shape.border_w;
+        at[i] = static_cast<int32_t>((n * shape.high + up) * shape.wide + left);
+    }
+    if (task.back != nullptr) std::memset(task.back, 0, sizeof(float) * static_cast<std::size_t>(rows * lanes));
+
+    for (int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
+        const float *field = task.fields + tile * of.images * shape.high * shape.wide * WIDE;
+        pack(task.w, of, tile, block, packed);
+        std::memset(turned, 0, sizeof(float) * static_cast<std::size_t>(line * lanes));
+        for (int64_t l = 0; l < length; ++l)
+            for (int64_t k = 0; k < line; ++k) turned[k * lanes + l] = packed[l * line + k];
+        std::memset(sums, 0, sizeof(float) * static_cast<std::size_t>(length * line));
+        for (int64_t begin = 0; begin < rows; begin += ROWS) {
+            const int64_t many = rows - begin < ROWS ? rows - begin : ROWS;
+            for (int64_t r = 0; r < many; ++r) {
+                const int64_t stop = ends[begin + r], count = counts[begin + r], start = stop - count;
+                if (plain) {
+                    sum_plain<SCALED>(field, shape, of, scale, members + start, at + start, count, g + r * line);
+                } else {
+                    sum_strided<SCALED>(field, of, scale, members + start, count, g + r * line);
+                }
+            }
+            if (task.grad_w != nullptr) {
+                const float *mean = means + begin * length;
+                for (int64_t t = 0; t < taps; ++t) {
+                    int64_t l = 0;
+                    for (; l + 8 <= length; l += 8)
+                        columns_times<8>(mean + l, length, g + t * WIDE, line, many, sums + l * line + t * WIDE, line);
+                    for (; l < length; ++l)
+                        columns_times<1>(mean + l, length, g + t * WIDE, line, many, sums + l * line + t * WIDE, line);
+                }
+            }
+            if (task.back != nullptr) {
+                float *back = task.back + begin * lanes;
+                int64_t l = 0;
+                for (; l + 32 <= lanes; l += 32) {
+                    int64_t r = 0;
+                    for (; r + 12 <= many; r += 12)
+                        rows_into<12, 2>(g + r * line, line, turned + l, lanes, line, back + r * lanes + l, lanes);
+                    for (; r < many; ++r)
+                        rows_into<1, 2>(g + r * line, line, turned + l, lanes, line, back + r * lanes + l, lanes);
+                }
+                for (; l < lanes; l += 16) {
+                    int64_t r = 0;
+                    for (; r + 12 <= many; r += 12)
+                        rows_into<12, 1>(g + r * line, line, turned + l, lanes, line, back + r * lanes + l, lanes);
+                    for (; r < many; ++r)
+                        rows_into<1, 1>(g + r * line, line, turned + l, lanes, line, back + r * lanes + l, lanes);
+                }
+            }
+        }
+        if (task.grad_w != nullptr)
+            for (int64_t j = 0; j < WIDE && tile * WIDE + j < of.outputs; ++j)
+                for (int64_t t = 0; t < taps; ++t) {
+                    float *to = task.grad_w + ((tile * WIDE + j) * taps + t) * of.channels + block * length;
+                    for (int64_t l = 0; l < length; ++l) to[l] = sums[l * line + t * WIDE + j];
+                }
+    }
+    std::free(sums);
+    std::free(turned);
+    std::free(packed);
+    std::free(g);
+    std::free(at);
+    std::free(members);
+    std::free(ends);
+}
+
+// How many parts the tiles are cut into, by the sizes alone, so that results do not depend on the threads.
+inline int64_t parts(const DeepReuse &of) {
+    const int64_t wanted = (PARTS + of.blocks() - 1) / of.blocks(), most = tiles(of);
+    return wanted < most ? wanted : most;
+}
+
+// grad_x[p] = the sum of the parts of its row, over the members of the row.
+template <class X>
+void spread(const float *back, const ReuseClusters &from, const DeepReuse &of, X *grad_x, int64_t begin, int64_t end) {
+    const int64_t length = of.length, lanes = (length + 15) / 16 * 16, pixels = of.pixels(), capacity = of.capacity();
+    const int64_t many = parts(of), blocks = of.blocks();
+    for (int64_t p = begin; p < end; ++p)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t row = from.ids[b * pixels + p];
+            float factor = 1.0F / static_cast<float>(from.counts[b * capacity + row]);
+            if (from.scale != nullptr) factor /= from.scale[b * pixels + p];
+            const float *sum = back + (b * capacity + row) * lanes;
+            X *to = grad_x + p * of.channels + b * length;
+            if (many == 1) {
+                for (int64_t l = 0; l < length; ++l) put(to + l, sum[l] * factor);
+            } else {
+                for (int64_t l = 0; l < length; ++l) {
+                    float total = sum[l];
+                    for (int64_t k = 1; k < many; ++k) total += sum[k * blocks * capacity * lanes + l];
+                    put(to + l, total * factor);
+                }
+            }
+        }
+}
+
+}  // namespace
+
+void deep_reuse_cluster(const void *x, bool half, const float *v, const float *shift, const DeepReuse &of,
+                        const ReuseClusters &to, int32_t *finite, int threads) {
+    parallel(of.blocks(), threads, [&](int64_t block) {
+        if (half) {
+            cluster_block(static_cast<const uint16_t *>(x), v, shift, of, to, finite, block);
+        } else {
+            cluster_block(static_cast<const float *>(x), v, shift, of, to, finite, block);
+        }
+    });
+}
+
+void deep_reuse_output(const ReuseClusters &from, const float *w, const float *bias, const float *z,
+                       const int64_t *first, const DeepReuse &of, void *y, bool half, int threads) {
+    parallel(tiles(of), threads, [&](int64_t tile) {
+        if (half) {
+            uint16_t *to = static_cast<uint16_t *>(y);
+            if (from.scale != nullptr) {
+                output_tile<uint16_t, true>(from, w, bias, z, first, of, to, tile);
+            } else {
+                output_tile<uint16_t, false>(from, w, bias, z, first, of, to, tile);
+            }
+        } else {
+            float *to = static_cast<float *>(y);
+            if (from.scale != nullptr) {
+                output_tile<float, true>(from, w, bias, z, first, of, to, tile);
+            } else {
+                output_tile<float, false>(from, w, bias, z, first, of, to, tile);
+            }
+        }
+    });
+}
+
+int64_t deep_reuse_scratch(const DeepReuse &of) {
+    const Field field(of);
+    const int64_t lanes = (of.length + 15) / 16 * 16;
+    return tiles(of) * of.images * field.high * field.wide * WIDE + parts(of) * of.blocks() * of.capacity() * lanes;
+}
+
+void deep_reuse_gradients(const void *grad_output, bool half, const ReuseClusters &from, const float *w,
+                          const DeepReuse &of, void *grad_x, float *grad_w, float *scratch, int threads) {
+    const Field field(of);
+    const int64_t place = field.high * field.wide * WIDE, many = parts(of), all_tiles = tiles(of);
+    const int64_t lanes = (of.length + 15) / 16 * 16;
+    float *back = scratch + all_tiles * of.images * place;
+    parallel(all_tiles * of.images, threads, [&](int64_t i) {
+        const int64_t tile = i / of.images, n = i % of.images;
+        float *to = scratch + i * place;
+        if (half) {
+            lay_out(static_cast<const uint16_t *>(grad_output), of, field, tile, n, to);
+        } else {
+            lay_out(static_cast<const float *>(grad_output), of, field, tile, n, to);
+        }
+    });
+    parallel(of.blocks() * many, threads, [&](int64_t i) {
+        const int64_t part = i / of.blocks(), block = i % of.blocks();
+        float *here = grad_x != nullptr ? back + i * of.capacity() * lanes : nullptr;
+        const Part task{scratch, from, w, of, here, grad_w, block, part * all_tiles / many, (part + 1) * all_tiles / many};
+        if (from.scale != nullptr) {
+            backward_part<true>(task);
+        } else {
+            backward_part<false>(task);
+        }
+    });
+    if (grad_x == nullptr) return;
+    const int64_t chunk = 256;
+    parallel((of.pixels() + chunk - 1) / chunk, threads, [&](int64_t i) {
+        const int64_t begin = i * chunk, end = begin + chunk < of.pixels() ? begin + chunk : of.pixels();
+        if (half) {
+            spread(back, from, of, static_cast<uint16_t *>(grad_x), begin, end);
+        } else {
+            spread(back, from, of, static_cast<float *>(grad_x), begin, end);
+        }
+    });
+}
+
+}  // namespace HASTEN_ISA
+}  // namespace hasten
