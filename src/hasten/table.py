@@ -34,6 +34,11 @@ METHODS: dict[str, Row] = {
     "error_map_pruning": Row(
         "hasten.methods.products.error_map_pruning:ErrorMapPruning", limit={"keep": 1.0}
     ),
+    "activation_gradient_pruning": Row(
+        "hasten.methods.products.activation_gradient_pruning:ActivationGradientPruning",
+        {"n_f": 2},
+        {"p": 0.0, "kernel": "dense"},
+    ),
     "adaptive_deep_reuse": Row(
         "hasten.methods.products.adaptive_deep_reuse:AdaptiveDeepReuse",
         {"kernel": "native", "max_error": 1.0},
