@@ -7,7 +7,6 @@ bfloat16, called in turn with ours on the same gradients.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from benchmarks.common import (
     build,
     cifar10,
     claim,
+    kept,
     pairs,
     ratio_claim,
     session_step,
@@ -254,19 +254,6 @@ def accuracy(smoke: bool) -> dict[str, Any]:
     return table
 
 
-def kept(name: str, make: Callable[[bool], dict[str, Any]], smoke: bool) -> dict[str, Any]:
-    """Return what the part gave before, or run it and keep that."""
-    path = WORK / NAME / f"{name}.json"
-    if not smoke and path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    found = make(smoke)
-    if not smoke:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
-    return found
-
-
 def claims_of(
     layers: dict[str, Any], real: dict[str, Any], steps: dict[str, Any], table: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -308,10 +295,10 @@ def claims_of(
 
 def main(smoke: bool = False) -> None:
     """Run the parts that are not stored yet, and store all."""
-    layers = kept("layers", layer_table, smoke)
-    real = kept("real", real_gradients, smoke)
-    steps = kept("steps", whole_steps, smoke)
-    table = kept("accuracy", accuracy, smoke)
+    layers = kept(NAME, "layers", lambda: layer_table(smoke), smoke)
+    real = kept(NAME, "real", lambda: real_gradients(smoke), smoke)
+    steps = kept(NAME, "steps", lambda: whole_steps(smoke), smoke)
+    table = kept(NAME, "accuracy", lambda: accuracy(smoke), smoke)
     claims = [] if smoke else claims_of(layers, real, steps, table)
     settings = {"densities": DENSITIES, "layers": LAYERS, "epochs": EPOCHS, "rate": RATE, "seeds": SEEDS}
     record = {

@@ -32,6 +32,7 @@ from benchmarks.common import (
     build,
     cifar10,
     claim,
+    kept,
     pairs,
     ratio_claim,
     real_images,
@@ -104,7 +105,7 @@ def child(name: str, batch: int, arm: str) -> None:
     print(json.dumps({"process": after - before, "before": before}))
 
 
-def kept(name: str, batch: int, arm: str) -> int:
+def saved_bytes(name: str, batch: int, arm: str) -> int:
     """Return the bytes that autograd keeps in one forward pass after two steps, without parameters.
 
     Their bfloat16 copies under autocast, as large whatever is done to activations, are taken off too.
@@ -142,7 +143,7 @@ def memory(name: str, batch: int, smoke: bool) -> dict[str, dict[str, float]]:
         told = json.loads(run.stdout.splitlines()[-1])
         found[arm] = {"process_mb": told["process"] / 1e6}
         if arm != "recomputed":
-            found[arm]["kept_mb"] = kept(name, batch, arm) / 1e6
+            found[arm]["kept_mb"] = saved_bytes(name, batch, arm) / 1e6
         print(
             f"{name}, batch {batch}, {arm}: {found[arm].get('kept_mb', math.nan):.1f} MB kept by autograd, "
             f"process grows by {found[arm]['process_mb']:.0f} MB",
@@ -162,6 +163,11 @@ def time_arms(name: str, x: Tensor, y: Tensor) -> dict[str, Step]:
         "recomputed": session_step(recomputed(build(name)), x, y, []),
         "strong, L3": session_step(build(name), x, y, [strong(), ActNN()]),
     }
+
+
+def steps(title: str, name: str, x: Tensor, y: Tensor, smoke: bool) -> dict[str, Any]:
+    """Time the arms' steps in one interleaved run."""
+    return pairs(title, time_arms(name, x, y), baseline="plain", seconds=SECONDS, smoke=smoke)
 
 
 # -- accuracy
@@ -221,8 +227,9 @@ def main(smoke: bool = False) -> None:
     for name, batch in networks:
         x, y = real_images(batch)
         title = f"{name}, batch {batch}, 32x32"
-        taken[name] = memory(name, batch, smoke)
-        timed[name] = pairs(title, time_arms(name, x, y), baseline="plain", seconds=SECONDS, smoke=smoke)
+        taken[name] = kept("actnn", f"memory-{name}", partial(memory, name, batch, smoke), smoke)
+        times = partial(steps, title, name, x, y, smoke)
+        timed[name] = kept("actnn", f"steps-{name}", times, smoke)
         if smoke:
             continue
         for arm, base in (("L3", "plain"), ("strong, L3", "strong")):

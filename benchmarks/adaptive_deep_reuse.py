@@ -15,13 +15,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.common import accuracy_claims, cifar10, claim, pairs, ratio_claim, store, to_accuracy
+from benchmarks.common import accuracy_claims, cifar10, claim, kept, pairs, ratio_claim, store, to_accuracy
 from benchmarks.trained import Start
 from hasten import STRONG, method
 from hasten.comparison import Arm
@@ -266,7 +267,8 @@ def layers(smoke: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found, claims = {}, []
     for name in ("alexnet",) if smoke else NETWORKS:
         for case in cases(name, (32,) if smoke else BATCHES if name == "vgg19" else BATCHES[:1], smoke):
-            one = found[case.title] = one_layer(case, smoke)
+            one = kept(NAME, case.title.replace(" ", "-"), partial(one_layer, case, smoke), smoke)
+            found[case.title] = one
             for rung, at_least in (("early", 3.0), ("fine", 2.0)):
                 if rung not in one["chosen"]:
                     claims.append(claim(NAME, f"{case.title}, {rung}", "no setting reaches this error"))

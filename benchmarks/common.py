@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hasten import Session, compare, method, models
 from hasten.comparison import Arm, Comparison
 from hasten.contract import Method
 from hasten.data import DataSet, load
+from hasten.measure.environment import source_version
 from hasten.measure.paired import paired_steps
 from hasten.measure.store import result_file
 
@@ -91,6 +93,25 @@ def pairs(name: str, arms: dict[str, Step], *, baseline: str, seconds: float, sm
     for line in result.table():
         print(line, flush=True)
     return dict(result.to_json())
+
+
+def kept(benchmark: str, part: str, make: Callable[[], Any], smoke: bool) -> Any:
+    """Return what a part of a benchmark gave before, or run it and keep that, so that a long benchmark comes in pieces.
+
+    Deleting ``runs/benchmarks/BENCHMARK`` has every part run anew.
+    """
+    path = WORK / benchmark / f"{part}.json"
+    if not smoke and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        print(f"-- {part}: kept from commit {found['commit']}", flush=True)
+        return found["value"]
+    value = make()
+    if not smoke:
+        source = source_version() or {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"commit": source.get("commit"), "value": value}), encoding="utf-8")
+        value = json.loads(path.read_text(encoding="utf-8"))["value"]  # the same whether it was found or made
+    return value
 
 
 def claim(

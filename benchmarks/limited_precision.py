@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from benchmarks.common import (
     build,
     cifar10,
     claim,
+    kept,
     pairs,
     ratio_claim,
     real_images,
@@ -300,8 +302,8 @@ def told(data: str, table: dict[str, dict[str, float]]) -> str:
 
 def main(smoke: bool = False) -> None:
     """Run all parts and store what was found."""
-    layer_table, claims = layers(smoke)
-    weights, more = bfloat16_weights(smoke)
+    layer_table, claims = kept("limited_precision", "layers", partial(layers, smoke), smoke)
+    weights, more = kept("limited_precision", "weights", partial(bfloat16_weights, smoke), smoke)
     claims += more
     mnist_rows, mnist = trained(
         "mnist", shared_set("mnist", "MNIST/raw"), MNIST, MNIST_EPOCHS, MNIST_IMAGES, smoke
