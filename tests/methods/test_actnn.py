@@ -23,7 +23,7 @@ from hasten.methods.products.compressed_allocation import (
     objective,
     product_sensitivity,
 )
-from hasten.methods.products.compressed_codec import CompressedActivationError
+from hasten.methods.products.compressed_codec import CompressedActivationError, GroupCodec, Run
 from hasten.methods.products.compressed_layers import compress, restore
 from hasten.session import Session
 
@@ -194,6 +194,18 @@ def test_nearest_is_biased() -> None:
     first, second = gradients(model, x)[2], gradients(model, x)[2]
     assert torch.equal(first, second)
     assert (first - exact).norm() / exact.norm() > 0.05
+
+
+def test_small_maps_whose_channels_differ_in_scale_do_not_blow_up_gradients() -> None:
+    """A group spans 64 channels here; codes of the input itself would put noise of 100 deviations into the quietest."""
+    norm = nn.BatchNorm2d(64)
+    x = (rand(64, 64, 2, 2) * torch.logspace(-2, 1, 64)[:, None, None]).requires_grad_()
+    g = rand(64, 64, 2, 2, key=1)
+    (exact,) = torch.autograd.grad(norm(x), x, g)
+    compress(norm, GroupCodec(Run(("scales",), lambda: 0, 256, 0), "norm", 2))
+    (ours,) = torch.autograd.grad(norm(x), x, g)
+    error = (ours - exact).pow(2).sum((0, 2, 3)).sqrt() / exact.pow(2).sum((0, 2, 3)).sqrt()
+    assert 0 < error.max() < 0.5
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -84,12 +84,24 @@ def why_plain(module: nn.Module) -> str | None:
 
 # -- batch norm
 class _BatchNorm(Function):
+    """Keeps codes of the normalised input (our choice; the authors keep the input's).
+
+    A group of codes may span channels whose variances differ by far. The input's rounding error, which is that of the
+    largest, would then be multiplied by the inverse deviation of the smallest, and gradients would grow from layer to
+    layer; normalised channels have one scale.
+    """
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         x, weight, bias, mean, var, momentum, eps, codec = args
         y, batch_mean, inverse_std = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
         if any(ctx.needs_input_grad[:3]):
-            stored, ctx.meta = codec.encode(x)
+            kept = x
+            if not codec.run.exact:
+                by_channel = (-1, *(1,) * (x.dim() - 2))
+                scale, shift = inverse_std.view(by_channel), (-batch_mean * inverse_std).view(by_channel)
+                kept = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+            stored, ctx.meta = codec.encode(kept)
             ctx.save_for_backward(weight, batch_mean, inverse_std, *stored)
         ctx.codec, ctx.eps = codec, eps
         return y
@@ -100,6 +112,10 @@ class _BatchNorm(Function):
         weight, mean, inverse_std, *stored = ctx.saved_tensors
         x = ctx.codec.decode(tuple(stored), ctx.meta)
         needed = ctx.needs_input_grad[:3]
+        if not ctx.codec.run.exact:
+            # the same as a batch norm whose input has mean 0 and deviation 1, and whose weight holds the true deviation
+            weight = inverse_std if weight is None else weight * inverse_std
+            mean, inverse_std = torch.zeros_like(mean), torch.ones_like(inverse_std)
         found = torch.ops.aten.native_batch_norm_backward(
             grads[0], x, weight, None, None, mean, inverse_std, True, ctx.eps, needed
         )
