@@ -34,6 +34,11 @@ METHODS: dict[str, Row] = {
     "error_map_pruning": Row(
         "hasten.methods.products.error_map_pruning:ErrorMapPruning", limit={"keep": 1.0}
     ),
+    "gradient_approximation": Row(
+        "hasten.methods.products.gradient_approximation:GradientApproximation",
+        {"exact_epochs": 0, "stop_fraction": 1.0},
+        {"exact_epochs": 1000, "measure_every": 0},
+    ),
     "activation_gradient_pruning": Row(
         "hasten.methods.products.activation_gradient_pruning:ActivationGradientPruning",
         {"n_f": 2},
