@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import benchmarks
+from benchmarks.common import LEFT_OUT
 
 HELPERS = ("common", "trained")
 """Modules that benchmarks share."""
@@ -30,7 +31,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench BENCH=NAME", description=__doc__)
     parser.add_argument("name", nargs="?", choices=names(), metavar="NAME")
     parser.add_argument("--smoke", action="store_true", help="a short form that only shows that it runs")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PART", help="leave out a part, such as accuracy"
+    )
     options = parser.parse_args()
+    LEFT_OUT.update(options.without)
     if options.name is None and not options.smoke:
         print(f"{'name':28} {'minutes':>7}  claim")
         for name in names():

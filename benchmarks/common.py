@@ -26,6 +26,8 @@ from hasten.measure.store import result_file
 
 WORK = Path(os.environ.get("HASTEN_BENCH", "runs/benchmarks"))
 Step = Callable[[], None]
+LEFT_OUT: set[str] = set()
+"""Parts that the command line leaves for another session; what was stored says so."""
 
 
 def real_images(n: int, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,7 @@ def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[
     for row in claims:
         target = f" (target {row['target']}: {'met' if row['met'] else 'missed'})" if row["target"] else ""
         print(f"{', '.join(row['methods']) or 'hasten'}: {row['what']}: {row['text']}{target}", flush=True)
-    values = {**values, "claims": list(claims)}
+    values = {**values, "claims": list(claims), "left_out": sorted(LEFT_OUT)}
     if smoke:
         with tempfile.TemporaryDirectory() as folder:
             result_file(name, values, folder=folder)

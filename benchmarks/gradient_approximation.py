@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    LEFT_OUT,
     Step,
     bare_step,
     build,
@@ -35,12 +36,12 @@ from hasten.kernels.reference.one_patch import one_patch as plain
 from hasten.methods.products.gradient_approximation import GradientApproximation
 
 CLAIM = "gradient approximation: steps of ResNet-20 and VGG-19 >= 1.1x as fast as in float32, at a stated cost in accuracy"
-MINUTES = 12
+MINUTES = 16
 NAME = "gradient_approximation"
 NETWORKS = (("resnet20", 128, 90.0), ("vgg19", 32, 90.0))
 #         C,   size, O
 LAYERS = ((16, 32, 16), (32, 16, 32), (64, 8, 64), (64, 32, 64), (128, 16, 128), (256, 8, 256), (512, 4, 512))
-LAYER_BATCH, LAYER_SECONDS = 128, 5.0
+LAYER_BATCH, LAYER_SECONDS = 128, 16.0
 EPOCHS, TRAIN, TEST, SEEDS = 5.0, 8_000, 5_000, 1
 
 
@@ -177,6 +178,8 @@ def main(smoke: bool = False) -> None:
     """Time layers and steps, train, and store it all."""
     values, claims = {}, []
     for name, part in (("layers", time_layers), ("steps", time_steps), ("accuracy", accuracy)):
+        if name in LEFT_OUT:
+            continue
         values[name], found = part(smoke)
         claims += found
     settings = {"networks": NETWORKS, "layer_batch": LAYER_BATCH, "method": repr(stands())}
