@@ -65,22 +65,48 @@ def card(name: str) -> str:
 BEGIN, END = "<!-- measured: written by scripts/make_cards.py -->", "<!-- end of measured -->"
 
 
-def table() -> str:
-    """Return the README's table: every claim that has a target, of every stored result."""
-    lines = [BEGIN, "| what | measured | target | benchmark |", "|---|---|---|---|"]
-    machines = set()
+def results() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Return (name, content, claims with a target) of every stored result that has such."""
+    found = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        facts = content["environment"]
-        for row in content.get("claims", []):
-            if row["target"]:
-                what = f"{', '.join(row['methods']) or 'hasten'}: {row['what']}"
-                verdict = f"{row['target']}: {'met' if row['met'] else 'missed'}"
-                lines.append(f"| {what} | {row['text']} | {verdict} | `{path.stem}` |")
-                machines.add(
-                    f"{facts['cpu']} ({', '.join(facts['cpu_flags'])}), {facts['threads']} threads, torch {facts['torch']}"
-                )
-    return "\n".join([*lines, "", *[f"On {machine}." for machine in sorted(machines)], END])
+        if rows := [row for row in content.get("claims", []) if row["target"]]:
+            found.append((path.stem, content, rows))
+    return found
+
+
+def line(row: dict[str, Any], last: str) -> str:
+    """Return a claim as a row of a table."""
+    verdict = f"{row['target']}: {'met' if row['met'] else 'missed'}"
+    return f"| {', '.join(row['methods']) or 'hasten'}: {row['what']} | {row['text']} | {verdict} | {last} |"
+
+
+def machines() -> list[str]:
+    """Return where the results were measured, a line each."""
+    facts = [content["environment"] for _, content, _ in results()]
+    return sorted(
+        {
+            f"On {f['cpu']} ({', '.join(f['cpu_flags'])}), {f['threads']} threads, torch {f['torch']}."
+            for f in facts
+        }
+    )
+
+
+def table() -> str:
+    """Return the README's table: the first claim of every result, and how many of all its targets were met."""
+    lines = [BEGIN, "| first claim | measured | target | all targets of the benchmark |", "|---|---|---|---|"]
+    for name, _, rows in results():
+        met = sum(bool(row["met"]) for row in rows)
+        lines.append(line(rows[0], f"{met} of {len(rows)} met, `{name}`"))
+    return "\n".join([*lines, "", *machines(), END])
+
+
+def everything() -> str:
+    """Return the page with every claim that has a target."""
+    lines = ["# Measured", "", "Every claim that has a target, met or missed; written by scripts/make_cards.py.", "",
+             "| what | measured | target | benchmark |", "|---|---|---|---|"]  # fmt: skip
+    lines += [line(row, f"`{name}`") for name, _, rows in results() for row in rows]
+    return "\n".join([*lines, "", *machines(), ""])
 
 
 def main() -> int:
@@ -93,6 +119,11 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+    page = ROOT / "docs/measured.md"
+    if not page.exists() or page.read_text(encoding="utf-8") != everything():
+        stale.append("docs/measured.md")
+        if "--check" not in sys.argv:
+            page.write_text(everything(), encoding="utf-8")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = old[: old.index(BEGIN)] + table() + old[old.index(END) + len(END) :]

@@ -27,3 +27,9 @@ def test_readme_figures_are_those_of_the_results() -> None:
     assert make_cards.table() in (ROOT / "README.md").read_text(encoding="utf-8"), (
         "stale: run scripts/make_cards.py"
     )
+
+
+def test_the_page_of_all_figures_is_up_to_date() -> None:
+    assert make_cards.everything() == (ROOT / "docs/measured.md").read_text(encoding="utf-8"), (
+        "stale: run scripts/make_cards.py"
+    )
