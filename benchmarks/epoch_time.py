@@ -161,7 +161,8 @@ def doubling(theta: Theta, smoke: bool) -> dict[str, Any]:
         found[label] = {
             "predicted": predicted[1] / predicted[0],
             "measured": measured[1] / measured[0],
-            "products": products[1] / products[0],
+            # a smoke run's few shapes may be fitted without any cost of arithmetic
+            "products": products[1] / products[0] if products[0] else None,
         }
         print(f"{label}: {found[label]}", flush=True)
     return found
