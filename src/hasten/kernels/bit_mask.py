@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UnsupportedError
-from hasten.kernels.native import dense, extension, flat, threads
+from hasten.kernels.native import dense, extension, flat, line, threads
 from hasten.kernels.reference import bit_mask as reference
 
 NATIVE = (torch.float32, torch.bfloat16)
@@ -16,10 +16,6 @@ def _checked(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise UnsupportedError(f"bit_mask got {x.dtype}; allowed: real floating point. Convert it first.")
     return dense(x)
-
-
-def _line(x: Tensor) -> Tensor:
-    return x.detach().as_strided((x.numel(),), (1,))
 
 
 def _mask(x: Tensor) -> Tensor:
@@ -32,7 +28,7 @@ def bit_mask(x: Tensor) -> Tensor:
 
     Raises UnsupportedError for what is not floating point.
     """
-    return reference.bit_mask(_line(_checked(x)))
+    return reference.bit_mask(line(_checked(x)))
 
 
 @bit_mask.register_fake
@@ -45,7 +41,7 @@ def _(x: Tensor) -> Tensor:
     x = _checked(x)
     native = extension()
     if native is None or x.dtype not in NATIVE:
-        return reference.bit_mask(_line(x))
+        return reference.bit_mask(line(x))
     mask = _mask(x)
     native.bit_mask(flat(x), mask, threads())
     return mask
@@ -57,7 +53,7 @@ def _(x: Tensor) -> Tensor:
 
     x = _checked(x)
     mask = _mask(x)
-    on_gpu(_line(x), None, mask)
+    on_gpu(line(x), None, mask)
     return mask
 
 
@@ -65,7 +61,7 @@ def _(x: Tensor) -> Tensor:
 def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return (relu(x), its `bit_mask`), in one pass; a NaN stays one."""
     x = _checked(x)
-    return x.relu(), reference.bit_mask(_line(x))
+    return x.relu(), reference.bit_mask(line(x))
 
 
 @relu_mask.register_fake
@@ -79,7 +75,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _checked(x)
     native = extension()
     if native is None or x.dtype not in NATIVE:
-        return x.relu(), reference.bit_mask(_line(x))
+        return x.relu(), reference.bit_mask(line(x))
     y, mask = torch.empty_like(x), _mask(x)
     native.relu_mask(flat(x), flat(y), mask, threads())
     return y, mask
@@ -91,7 +87,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
     x = _checked(x)
     y, mask = torch.empty_like(x), _mask(x)
-    on_gpu(_line(x), _line(y), mask)
+    on_gpu(line(x), line(y), mask)
     return y, mask
 
 
@@ -129,7 +125,7 @@ def _(x: Tensor) -> Tensor:
         x.relu_()
         return mask
     mask = _mask(x)
-    on_gpu(_line(x), _line(x), mask)
+    on_gpu(line(x), line(x), mask)
     return mask
 
 
@@ -154,7 +150,7 @@ def _fitting(mask: Tensor, g: Tensor) -> Tensor:
 
 def _by_reference(mask: Tensor, g: Tensor, scale: float) -> Tensor:
     y = torch.empty_like(g)
-    _line(y).copy_(reference.masked(mask, _line(g), scale))
+    line(y).copy_(reference.masked(mask, line(g), scale))
     return y
 
 
@@ -180,5 +176,5 @@ def _(mask: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
 
     g = _fitting(mask, g)
     y = torch.empty_like(g)
-    on_gpu(mask, _line(g), _line(y), scale)
+    on_gpu(mask, line(g), line(y), scale)
     return y

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import SettingsError, UnsupportedError
-from hasten.kernels.native import dense, extension, flat, threads
+from hasten.kernels.native import dense, extension, flat, line, threads
 from hasten.kernels.reference import fixed_point as reference
 
 MOST_BITS = 24
@@ -29,9 +29,8 @@ def _checked(x: Tensor, word: int, fraction: int) -> Tensor:
 def _by_reference(x: Tensor, word: int, fraction: int, key: int, stochastic: bool) -> Result:
     x = _checked(x, word, fraction)
     y = torch.empty_like(x)
-    line = x.detach().as_strided((x.numel(),), (1,))
-    rounded, saturated, largest = reference.fixed_point(line, word, fraction, key, stochastic)
-    y.as_strided((y.numel(),), (1,)).copy_(rounded)
+    rounded, saturated, largest = reference.fixed_point(line(x), word, fraction, key, stochastic)
+    line(y).copy_(rounded)
     return y, saturated, largest
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UnsupportedError
-from hasten.kernels.native import extension, flat, threads
+from hasten.kernels.native import dense, extension, flat, threads
 from hasten.kernels.reference import group_quantize as reference
 
 GROUPS = "whole multiples of 32 up to 4096"
@@ -28,13 +28,8 @@ def sample_dense(x: Tensor) -> Tensor:
     """
     if x.numel() == 0 or (x.shape[0] > 1 and x.stride(0) != x[0].numel()):
         return x.contiguous()
-    strides = sorted((s, n) for s, n in zip(x.stride()[1:], x.shape[1:], strict=True) if n != 1)
-    expected = 1
-    for stride, size in strides:
-        if stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x
+    first = x[0]
+    return x if dense(first) is first else x.contiguous()
 
 
 def _checked(x: Tensor, bits: Tensor | None, group: int) -> Tensor:
@@ -54,9 +49,10 @@ def _checked(x: Tensor, bits: Tensor | None, group: int) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
-def _samples(x: Tensor) -> Tensor:
-    """Return a `sample_dense` x as (N, D) in the order of memory, float32."""
-    return x.as_strided((x.shape[0], x.numel() // x.shape[0]), (x.numel() // x.shape[0], 1)).float()
+def _rows(x: Tensor) -> Tensor:
+    """Return a `sample_dense` x as (N, D) in the order of memory."""
+    d = x.numel() // x.shape[0]
+    return x.as_strided((x.shape[0], d), (d, 1))
 
 
 def _empty(x: Tensor, total: int, group: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +74,7 @@ def group_quantize(
     infinite or none comes back as NaN. Raises UnsupportedError for other dtypes, groups or shapes.
     """
     x = _checked(x, bits, group)
-    return reference.group_quantize(_samples(x), bits, group, key, stochastic)
+    return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
 
 
 @group_quantize.register_fake
@@ -95,7 +91,7 @@ def _(
     x = _checked(x, bits, group)
     native = extension()
     if native is None:
-        return reference.group_quantize(_samples(x), bits, group, key, stochastic)
+        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
     codes, meta = _empty(x, total, group)
     bits = bits.contiguous()
     native.group_quantize(flat(x), bits, group, codes, flat(meta), key, stochastic, threads())
@@ -110,15 +106,10 @@ def _(
 
     x = _checked(x, bits, group)
     if group & (group - 1):  # Triton's blocks are powers of two
-        return reference.group_quantize(_samples(x), bits, group, key, stochastic)
+        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
     codes, meta = _empty(x, total, group)
-    on_gpu(_samples_as_they_are(x), bits, group, codes, meta, key, stochastic)
+    on_gpu(_rows(x), bits, group, codes, meta, key, stochastic)
     return codes, meta
-
-
-def _samples_as_they_are(x: Tensor) -> Tensor:
-    d = x.numel() // x.shape[0]
-    return x.as_strided((x.shape[0], d), (d, 1))
 
 
 def _result(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -130,7 +121,7 @@ def _by_reference(
 ) -> Tensor:
     x = _result(shape, stride, dtype, codes)
     d = x.numel() // x.shape[0]
-    _samples_as_they_are(x).copy_(reference.group_dequantize(codes, meta, bits, d))
+    _rows(x).copy_(reference.group_dequantize(codes, meta, bits, d))
     return x
 
 
@@ -195,14 +186,14 @@ def _(
     if group & (group - 1):
         return _by_reference(codes, meta, bits, shape, stride, dtype)
     x = _result(shape, stride, dtype, codes)
-    on_gpu(codes, meta, bits, group, _samples_as_they_are(x))
+    on_gpu(codes, meta, bits, group, _rows(x))
     return x
 
 
 @torch.library.custom_op("hasten::group_spread", mutates_args=())
 def group_spread(x: Tensor, group: int) -> Tensor:
     """Return the sum over groups of the squared range of values, (N,) float32, of ``x`` (N, ...)."""
-    return reference.group_spread(_samples(_checked(x, None, group)), group)
+    return reference.group_spread(_rows(_checked(x, None, group)).float(), group)
 
 
 @group_spread.register_fake
@@ -215,7 +206,7 @@ def _(x: Tensor, group: int) -> Tensor:
     x = _checked(x, None, group)
     native = extension()
     if native is None:
-        return reference.group_spread(_samples(x), group)
+        return reference.group_spread(_rows(x).float(), group)
     spread = torch.empty(x.shape[0], dtype=torch.float32)
     native.group_spread(flat(x), group, spread, threads())
     return spread

@@ -92,7 +92,12 @@ def dense(x: Tensor) -> Tensor:
     return x
 
 
+def line(x: Tensor) -> Tensor:
+    """Return the elements of a `dense` tensor in the order of memory, detached; writing to it writes to ``x``."""
+    return x.detach().as_strided((x.numel(),), (1,))
+
+
 def flat(x: Tensor) -> Tensor:
-    """Return the elements of a `dense` tensor in the order of memory, detached; bfloat16 as int16 of the same bits."""
-    line = x.detach().as_strided((x.numel(),), (1,))
-    return line.view(torch.int16) if line.dtype == torch.bfloat16 else line
+    """Return `line` as the extension takes it: bfloat16 as int16 of the same bits."""
+    elements = line(x)
+    return elements.view(torch.int16) if elements.dtype == torch.bfloat16 else elements

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UnsupportedError
-from hasten.kernels.native import dense, extension, flat, threads
+from hasten.kernels.native import dense, extension, flat, line, threads
 from hasten.kernels.reference import prune_gradient as reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,8 +33,8 @@ def _level(g: Tensor, tau: float) -> float:
 def _by_reference(g: Tensor, tau: float, key: int) -> tuple[Tensor, Tensor]:
     g = _checked(g, tau)
     y = torch.empty_like(g)
-    line, totals = reference.prune_gradient(g.detach().as_strided((g.numel(),), (1,)), tau, key)
-    y.as_strided((y.numel(),), (1,)).copy_(line)
+    pruned, totals = reference.prune_gradient(line(g), tau, key)
+    line(y).copy_(pruned)
     return y, totals
 
 
