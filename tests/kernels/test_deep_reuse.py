@@ -76,12 +76,12 @@ def test_every_form_equals_the_reference(isa: str, name: str) -> None:
     expected = by_reference(name, x, v)
     with instruction_set(isa), poisoned_memory():
         got = Clusters(*deep_reuse_cluster(x, v, None, groups, norm))
-        y = deep_reuse_output(*got, w, some_bias, None, None, shape, stride, padding)
-        gx, gw = deep_reuse_gradients(grad, *got, w, shape, stride, padding, True, True)
+        y = deep_reuse_output(got, w, some_bias, None, None, shape, stride, padding)
+        gx, gw = deep_reuse_gradients(grad, got, w, shape, stride, padding, True, True)
         z, first = reference.pixel_products(expected, w)
-        assembled = deep_reuse_output(*got, w, some_bias, z, first, shape, stride, padding)
-        only_x, none = deep_reuse_gradients(grad, *got, w, shape, stride, padding, True, False)
-        nothing, only_w = deep_reuse_gradients(grad, *got, w, shape, stride, padding, False, True)
+        assembled = deep_reuse_output(got, w, some_bias, z, first, shape, stride, padding)
+        only_x, none = deep_reuse_gradients(grad, got, w, shape, stride, padding, True, False)
+        nothing, only_w = deep_reuse_gradients(grad, got, w, shape, stride, padding, False, True)
     same_clusters(got, expected)
     args = ((shape[0], shape[1], shape[2]), (stride[0], stride[1]), (padding[0], padding[1]))
     assert close(y, reference.pixel_output(expected, w, some_bias, *args))
@@ -113,8 +113,8 @@ def test_bfloat16(isa: str) -> None:
     expected = by_reference(name, x, v)
     with instruction_set(isa), poisoned_memory():
         got = Clusters(*deep_reuse_cluster(x, v, None, 1, False))
-        y = deep_reuse_output(*got, w, bias, None, None, shape, stride, padding)
-        gx, gw = deep_reuse_gradients(grad, *got, w, shape, stride, padding, True, True)
+        y = deep_reuse_output(got, w, bias, None, None, shape, stride, padding)
+        gx, gw = deep_reuse_gradients(grad, got, w, shape, stride, padding, True, True)
     same_clusters(got, expected)
     assert y.dtype == gx.dtype == gw.dtype == torch.bfloat16
     wide = [t.float() for t in (w, bias, grad)]
@@ -135,8 +135,8 @@ def test_memory_layouts(isa: str, layout: str) -> None:
     expected = by_reference(name, x, v)
     with instruction_set(isa), poisoned_memory():
         got = Clusters(*deep_reuse_cluster(x, v, None, 1, False))
-        y = deep_reuse_output(*got, w, bias, None, None, shape, stride, padding)
-        gx, gw = deep_reuse_gradients(grad, *got, w, shape, stride, padding, True, True)
+        y = deep_reuse_output(got, w, bias, None, None, shape, stride, padding)
+        gx, gw = deep_reuse_gradients(grad, got, w, shape, stride, padding, True, True)
     same_clusters(got, expected)
     args = ((4, 5, 6), (1, 1), (1, 1))
     assert close(y, reference.pixel_output(expected, w, bias, *args))
@@ -154,9 +154,9 @@ def test_large_sums_and_many_rows(isa: str) -> None:
     v = torch.randn(32, 14, generator=g)
     with instruction_set(isa):
         got = Clusters(*deep_reuse_cluster(x, v, None, 1, False))
-        y = deep_reuse_output(*got, w, bias, None, None, [4, 16, 16], [1, 1], [1, 1])
+        y = deep_reuse_output(got, w, bias, None, None, [4, 16, 16], [1, 1], [1, 1])
         grad = torch.randn(y.shape, generator=g)
-        gx, gw = deep_reuse_gradients(grad, *got, w, [4, 16, 16], [1, 1], [1, 1], True, True)
+        gx, gw = deep_reuse_gradients(grad, got, w, [4, 16, 16], [1, 1], [1, 1], True, True)
     # rounding may turn single bits of a hash, so the clusters are taken as they are, in float64
     exact = got._replace(means=means_of(got, x).double())
     args = ((4, 16, 16), (1, 1), (1, 1))
@@ -197,9 +197,9 @@ def test_results_do_not_depend_on_threads() -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             got = Clusters(*deep_reuse_cluster(x, v, None, 1, False))
-            y = deep_reuse_output(*got, w, bias, None, None, [4, 5, 6], [1, 1], [1, 1])
+            y = deep_reuse_output(got, w, bias, None, None, [4, 5, 6], [1, 1], [1, 1])
             results.append(
-                (got.ids, y, *deep_reuse_gradients(grad, *got, w, [4, 5, 6], [1, 1], [1, 1], True, True))
+                (got.ids, y, *deep_reuse_gradients(grad, got, w, [4, 5, 6], [1, 1], [1, 1], True, True))
             )
     finally:
         torch.set_num_threads(before)
@@ -262,10 +262,10 @@ def test_the_operators_are_well_formed() -> None:
     checks = ("test_schema", "test_faketensor")
     found = deep_reuse_cluster(x, v, None, 2, True)
     torch.library.opcheck(
-        deep_reuse_output, (*found, w, bias, None, None, [4, 5, 6], [1, 1], [1, 1]), test_utils=checks
+        deep_reuse_output, (list(found), w, bias, None, None, [4, 5, 6], [1, 1], [1, 1]), test_utils=checks
     )
     torch.library.opcheck(
-        deep_reuse_gradients, (grad, *found, w, [4, 5, 6], [1, 1], [1, 1], True, True), test_utils=checks
+        deep_reuse_gradients, (grad, list(found), w, [4, 5, 6], [1, 1], [1, 1], True, True), test_utils=checks
     )
     torch.library.opcheck(deep_reuse_cluster, (x, v, None, 2, True), test_utils=("test_faketensor",))
 

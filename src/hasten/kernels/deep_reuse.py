@@ -7,6 +7,7 @@ reference takes everything else.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def _by_reference(x: Tensor, v: Tensor, shift: Tensor | None, groups: int, norm:
     if not bool(x.isfinite().all()):
         raise NonFiniteError(_NON_FINITE)
     found = reference.cluster(reference.pixel_pieces(x, v.shape[0]), v, shift, groups, norm)
-    return (found.ids, found.keys, found.counts, found.starts, found.means, found.scale)
+    return found
 
 
 _NON_FINITE = (
@@ -137,13 +138,26 @@ def _kernel(w: Tensor) -> Tensor:
     return w.detach().permute(0, 2, 3, 1).to(torch.float32).contiguous()
 
 
-def _sizes(
-    shape: list[int], w: Tensor, stride: list[int], padding: list[int], means: Tensor, starts: Tensor
-) -> list[int]:
+def _sizes(shape: list[int], w: Tensor, stride: list[int], padding: list[int], found: Clusters) -> list[int]:
     o, c, kh, kw = w.shape
     b, h, width = shape
     high, wide = (h + 2 * padding[0] - kh) // stride[0] + 1, (width + 2 * padding[1] - kw) // stride[1] + 1
-    return [b, h, width, c, high, wide, o, kh, kw, *stride, *padding, means.shape[-1], 1, starts.shape[1] - 1]
+    return [
+        b,
+        h,
+        width,
+        c,
+        high,
+        wide,
+        o,
+        kh,
+        kw,
+        *stride,
+        *padding,
+        found.means.shape[-1],
+        1,
+        found.starts.shape[1] - 1,
+    ]
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
@@ -175,12 +189,7 @@ def _output_by_reference(
 
 @torch.library.custom_op("hasten::deep_reuse_output", mutates_args=())
 def deep_reuse_output(
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     bias: Tensor | None,
     z: Tensor | None,
@@ -189,23 +198,18 @@ def deep_reuse_output(
     stride: list[int],
     padding: list[int],
 ) -> Tensor:
-    """Return the output (B, O, H', W'), in channels_last and the dtype of w, for clusters of an input (B, C, H, W).
+    """Return the output (B, O, H', W'), in channels_last and the dtype of w, for `Clusters` of an input (B, C, H, W).
 
     shape: [B, H, W]. z (rows of all blocks, taps, O) with first (blocks + 1,): products to assemble, or None to compute
     them from w (O, C, kh, kw).
     """
-    found = Clusters(ids, keys, counts, starts, means, scale)
+    found = Clusters(*clusters)
     return _output_by_reference(found, w, bias, z, first, shape, stride, padding)
 
 
 @deep_reuse_output.register_fake
 def _(
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     bias: Tensor | None,
     z: Tensor | None,
@@ -214,7 +218,7 @@ def _(
     stride: list[int],
     padding: list[int],
 ) -> Tensor:
-    return _empty_output(_sizes(shape, w, stride, padding, means, starts), w)
+    return _empty_output(_sizes(shape, w, stride, padding, Clusters(*clusters)), w)
 
 
 def _empty_output(sizes: list[int], w: Tensor) -> Tensor:
@@ -224,12 +228,7 @@ def _empty_output(sizes: list[int], w: Tensor) -> Tensor:
 
 @deep_reuse_output.register_kernel("cpu")
 def _(
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     bias: Tensor | None,
     z: Tensor | None,
@@ -239,10 +238,15 @@ def _(
     padding: list[int],
 ) -> Tensor:
     native = extension()
-    found = Clusters(ids, keys, counts, starts, means, scale)
-    if native is None or w.dtype not in _NATIVE or means.dtype != torch.float32 or not ids.numel():
+    found = Clusters(*clusters)
+    if (
+        native is None
+        or w.dtype not in _NATIVE
+        or found.means.dtype != torch.float32
+        or not found.ids.numel()
+    ):
         return _output_by_reference(found, w, bias, z, first, shape, stride, padding)
-    sizes = _sizes(shape, w, stride, padding, means, starts)
+    sizes = _sizes(shape, w, stride, padding, found)
     y = _empty_output(sizes, w)
     none = torch.empty(0)
     native.deep_reuse_output(
@@ -262,12 +266,7 @@ def _plain(found: Clusters) -> tuple[Tensor, ...]:
 @torch.library.custom_op("hasten::deep_reuse_gradients", mutates_args=())
 def deep_reuse_gradients(
     grad_output: Tensor,
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     shape: list[int],
     stride: list[int],
@@ -279,7 +278,7 @@ def deep_reuse_gradients(
 
     The sums of grad_output over the clusters serve both, so that asking for both costs little more than one.
     """
-    found = Clusters(ids, keys, counts, starts, means, scale)
+    found = Clusters(*clusters)
     return _gradients_by_reference(grad_output, found, w, shape, stride, padding, to_input, to_weight)
 
 
@@ -313,12 +312,7 @@ def _empty_gradients(w: Tensor, shape: list[int], to_input: bool, to_weight: boo
 @deep_reuse_gradients.register_fake
 def _(
     grad_output: Tensor,
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     shape: list[int],
     stride: list[int],
@@ -332,12 +326,7 @@ def _(
 @deep_reuse_gradients.register_kernel("cpu")
 def _(
     grad_output: Tensor,
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     shape: list[int],
     stride: list[int],
@@ -346,13 +335,16 @@ def _(
     to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     native = extension()
-    found = Clusters(ids, keys, counts, starts, means, scale)
+    found = Clusters(*clusters)
     fits = (
-        w.dtype in _NATIVE and grad_output.dtype == w.dtype and means.dtype == torch.float32 and ids.numel()
+        w.dtype in _NATIVE
+        and grad_output.dtype == w.dtype
+        and found.means.dtype == torch.float32
+        and found.ids.numel()
     )
     if native is None or not fits:
         return _gradients_by_reference(grad_output, found, w, shape, stride, padding, to_input, to_weight)
-    sizes = torch.tensor(_sizes(shape, w, stride, padding, means, starts))
+    sizes = torch.tensor(_sizes(shape, w, stride, padding, found))
     grad_x, grad_w = _empty_gradients(w, shape, to_input, to_weight)
     into = grad_w.permute(0, 2, 3, 1).view(-1) if to_weight else grad_w
     floats = into if into.dtype == torch.float32 else torch.empty(into.shape, dtype=torch.float32)
@@ -376,17 +368,12 @@ def _(x: Tensor, v: Tensor, shift: Tensor | None, groups: int, norm: bool) -> Si
     if not bool(x.isfinite().all()):
         raise NonFiniteError(_NON_FINITE)
     found = gpu.cluster(x, v, shift, groups, norm)
-    return (found.ids, found.keys, found.counts, found.starts, found.means, found.scale)
+    return found
 
 
 @deep_reuse_output.register_kernel("cuda")
 def _(
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     bias: Tensor | None,
     z: Tensor | None,
@@ -395,14 +382,14 @@ def _(
     stride: list[int],
     padding: list[int],
 ) -> Tensor:
-    found = Clusters(ids, keys, counts, starts, means, scale)
-    if w.dtype not in _NATIVE or means.dtype != torch.float32 or not ids.numel():
+    found = Clusters(*clusters)
+    if w.dtype not in _NATIVE or found.means.dtype != torch.float32 or not found.ids.numel():
         return _output_by_reference(found, w, bias, z, first, shape, stride, padding)
     from hasten.kernels.gpu import deep_reuse as gpu
 
     if z is None or first is None:
         z, first = reference.pixel_products(found, w)
-    y = _empty_output(_sizes(shape, w, stride, padding, means, starts), w)
+    y = _empty_output(_sizes(shape, w, stride, padding, found), w)
     gpu.output(found, z, first, w, bias, _triple(shape), _pair(stride), _pair(padding), y)
     return y
 
@@ -410,12 +397,7 @@ def _(
 @deep_reuse_gradients.register_kernel("cuda")
 def _(
     grad_output: Tensor,
-    ids: Tensor,
-    keys: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    means: Tensor,
-    scale: Tensor,
+    clusters: Sequence[Tensor],
     w: Tensor,
     shape: list[int],
     stride: list[int],
@@ -423,8 +405,8 @@ def _(
     to_input: bool,
     to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    found = Clusters(ids, keys, counts, starts, means, scale)
-    if w.dtype not in _NATIVE or means.dtype != torch.float32 or not ids.numel():
+    found = Clusters(*clusters)
+    if w.dtype not in _NATIVE or found.means.dtype != torch.float32 or not found.ids.numel():
         return _gradients_by_reference(grad_output, found, w, shape, stride, padding, to_input, to_weight)
     from hasten.kernels.gpu import deep_reuse as gpu
 

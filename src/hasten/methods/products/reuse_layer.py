@@ -115,7 +115,7 @@ class LayerReuse:
             if self.reuse_rows and not self.due:
                 z, first = self.memory.products(clusters, w, self.step())
             y = kernels.deep_reuse_output(
-                *clusters, w, bias, z, first, [b, h, width], [*g.stride], [*g.padding]
+                clusters, w, bias, z, first, [b, h, width], [*g.stride], [*g.padding]
             )
         return in_layout_of(y, x)
 
@@ -130,7 +130,7 @@ class LayerReuse:
             return gx.to(w.dtype), gw.to(w.dtype)
         wide = padded_channels(w, clusters.means.shape[-1])
         gx, gw = kernels.deep_reuse_gradients(
-            grad, *clusters, wide, [b, h, width], [*g.stride], [*g.padding], to_input, to_weight
+            grad, clusters, wide, [b, h, width], [*g.stride], [*g.padding], to_input, to_weight
         )
         if wide is not w:
             gx = gx[:, :c] if to_input else gx
