@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten import keyed
 from hasten.kernels import zero_skip
+from hasten.kernels.native import dense, line
 from hasten.kernels.probe import choose
 from hasten.kernels.prune_gradient import prune_gradient
 from hasten.kernels.reference.noise import noise16
@@ -149,10 +150,12 @@ class Pruner:
         """Return the threshold of this very batch from the gradient before pruning."""
         m = self.method
         if m.dist == "empirical":
-            sizes = torch.linalg.vector_norm(rows.float(), dim=1) if rows is not None else _line(g)
+            sizes = torch.linalg.vector_norm(rows.float(), dim=1) if rows is not None else line(dense(g))
             return quantile(sizes, m.p, m.seed(), "sample", *key)
         if mean is None:
-            sizes = torch.linalg.vector_norm(rows.float(), dim=1) if rows is not None else _line(g).abs()
+            sizes = (
+                torch.linalg.vector_norm(rows.float(), dim=1) if rows is not None else line(dense(g)).abs()
+            )
             mean = (
                 float(sizes.double().mean())
                 if rows is not None
@@ -163,13 +166,6 @@ class Pruner:
         if not self.level:
             self.level = norm_level(m.p, rows.shape[1])
         return self.level * mean
-
-
-def _line(g: Tensor) -> Tensor:
-    from hasten.kernels.native import dense
-
-    g = dense(g.detach())
-    return g.as_strided((g.numel(),), (1,))
 
 
 class Gauge:
