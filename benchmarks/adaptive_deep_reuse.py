@@ -39,7 +39,7 @@ from hasten.comparison import Arm
 from hasten.contract import Effect, Method, MethodSpec
 from hasten.diagnose import look
 from hasten.methods.products.adaptive_deep_reuse import NAME, AdaptiveDeepReuse
-from hasten.methods.products.reuse_ladder import Measured, Rung, candidates
+from hasten.methods.products.reuse_ladder import PRODUCTS, Measured, Rung, candidates
 from hasten.methods.products.reuse_layer import How, LayerReuse
 from hasten.products import Geometry, Saved, arithmetic, supported
 from hasten.session import Session
@@ -176,7 +176,7 @@ def cases(name: str, batches: tuple[int, ...], smoke: bool) -> list[Case]:
 def how(**changes: Any) -> How:
     """Return the method's own settings."""
     m = AdaptiveDeepReuse()
-    given = {"key": (0, NAME), "order": m.order, "scope": m.scope, "norm": False, "center": False, "a": m.a, "overhead": m.overhead,
+    given = {"key": (0, NAME), "order": m.order, "scope": m.scope, "norm": True, "center": False, "products": PRODUCTS, "a": m.a, "overhead": m.overhead,
              "max_rho": m.max_rho, "max_error": m.max_error, "rungs": m.rungs, "max_age": m.cr_max_age, "kernel": "native"}  # fmt: skip
     return How(**{**given, **changes})
 

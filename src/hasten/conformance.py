@@ -335,6 +335,20 @@ def _compile(session: Session) -> None:
     session.forward = torch.compile(session.model, backend="aot_eager", fullgraph=True, dynamic=False)
 
 
+def lets_layers_work_in_place(s: Subject) -> None:
+    """A ReLU that works in place may follow a convolution directly."""
+    model = network()
+    for name, module in list(model.named_children()):
+        if isinstance(module, nn.ReLU):
+            model.set_submodule(name, nn.ReLU(inplace=True))
+    model.set_submodule("5", nn.Identity())
+    session = start([s.make()], model)
+    if "channels_last" in s.cls.spec.promises:
+        _channels_last(session)
+    losses = advance(session, 6)
+    assert all(x == x and abs(x) < 1e4 for x in losses), f"losses {losses}"
+
+
 def works_under_ddp(s: Subject) -> None:
     """One rank of a gloo group under DistributedDataParallel trains as without it, if promised."""
     if "ddp" not in s.cls.spec.promises:
@@ -365,6 +379,7 @@ CHECKS: list[Callable[[Subject], None]] = [
     resumes_bit_for_bit,
     refusal_changes_nothing,
     exports_plain,
+    lets_layers_work_in_place,
     works_under("autocast", _autocast),
     works_under("channels_last", _channels_last),
     works_under("compile", _compile),

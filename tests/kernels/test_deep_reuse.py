@@ -228,8 +228,25 @@ def test_gradients_are_those_of_the_replaced_input() -> None:
         gx, gw = reference.pixel_gradients(grad, found, w, *args)
         assert leaf.grad is not None
         assert kernel.grad is not None
-        assert close(gx, leaf.grad, 1e-12)
         assert close(gw, kernel.grad, 1e-12)
+        if not found.scale.numel():
+            assert close(gx, leaf.grad, 1e-12)
+            continue
+        dense = torch.nn.grad.conv2d_input(x.shape, w, grad, stride, padding)
+        dense, mean = (reference.pixel_pieces(t, found.means.shape[-1]) for t in (dense, gx))
+        for block, ids in enumerate(found.ids):
+            for row in ids.unique():
+                s, g = found.scale[block, ids == row], dense[block, ids == row]
+                assert close(mean[block, ids == row], ((s @ g) / s.sum()).expand_as(g), 1e-12)
+
+
+def test_a_short_piece_among_long_ones_has_no_larger_gradient_than_they() -> None:
+    x, v = torch.ones(2, 8, 4, 4), torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e-6
+    w, grad = torch.randn(16, 8, 1, 1), torch.randn(2, 16, 4, 4)
+    found = Clusters(*deep_reuse_cluster(x, v, None, 1, True))
+    gx, _ = deep_reuse_gradients(grad, found, w, [2, 4, 4], [1, 1], [0, 0], True, True)
+    assert gx.abs().max() <= functional.conv_transpose2d(grad, w).abs().max() * (1 + 1e-5)
 
 
 @each_isa

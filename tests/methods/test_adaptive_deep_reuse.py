@@ -15,10 +15,20 @@ from hasten import keyed
 from hasten.errors import ConflictError, NoEffectError, NonFiniteError, SettingsError, UnsupportedError
 from hasten.kernels.reference import deep_reuse as reference
 from hasten.kernels.reference.deep_reuse import Clusters
+from hasten.methods.products.activation_gradient_pruning import ActivationGradientPruning
 from hasten.methods.products.adaptive_deep_reuse import AdaptiveDeepReuse
 from hasten.methods.products.error_map_pruning import ErrorMapPruning
 from hasten.methods.products.reuse_clusters import RowMemory
-from hasten.methods.products.reuse_ladder import DENSE, Measured, Rung, candidates, ladder, rho, step_finer
+from hasten.methods.products.reuse_ladder import (
+    DENSE,
+    PRODUCTS,
+    Measured,
+    Rung,
+    candidates,
+    ladder,
+    rho,
+    step_finer,
+)
 from hasten.methods.products.reuse_plateau import Plateau
 from hasten.session import Session
 
@@ -39,9 +49,12 @@ def network(c: int = 32, o: int = 48, kernel: int = 3) -> nn.Sequential:
     return model
 
 
+PAPER: dict[str, Any] = {"products": PRODUCTS, "scale": "none", "max_error": 0.35}
+
+
 def session(model: nn.Module, *methods: Any, total: int | None = None, **settings: Any) -> Session:
     x, y = rand(8, 3, 8, 8), torch.arange(8) % 4
-    given = {"kernel": "native", "dense_share": 0.0, "layers": ("2",), **settings}
+    given = {"kernel": "native", "dense_share": 0.0, "layers": ("2",), **PAPER, **settings}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return Session(
         model, optimizer, [*methods, AdaptiveDeepReuse(**given)], sample=(x, y), total_samples=total
@@ -269,6 +282,35 @@ def test_patch_gradients_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(reuse, (x.requires_grad_(), w.requires_grad_()))
 
 
+@pytest.mark.parametrize(
+    "products", [("output",), ("output", "grad_weight"), ("output", "grad_input"), PRODUCTS]
+)
+def test_products_that_are_left_out_are_exact(products: tuple[str, ...]) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    s = session(model, strategy="S1", length=16, bits=6, products=products, scale="norm")
+    assert s.methods[0].writes == set(products)
+    x, g = rand(8, 32, 8, 8).relu(), rand(8, 48, 8, 8, key=3)
+    for name, a, b in zip(
+        ("output", "grad_input", "grad_weight"), run(model[2], x, g), run(plain[2], x, g), strict=False
+    ):
+        assert error(a, b) > 0.05 if name in products else error(a, b) < 1e-5, name
+
+
+def test_gradients_may_be_another_methods() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(inplace=True),
+                          nn.Flatten(), nn.Linear(48 * 64, 4))  # fmt: skip
+    pruning = ActivationGradientPruning(p=0.0, kernel="native", layers=("2",))
+    s = session(model, pruning, strategy="S1", length=16, bits=6, products=("output",))
+    s.step(rand(8, 3, 8, 8), torch.arange(8) % 4)
+    witness = s.witness()
+    assert witness[NAME]["outputs"] == 1
+    assert witness[NAME]["gradients"] == 0
+    assert any(witness["activation_gradient_pruning"].values())
+    with pytest.raises(ConflictError, match="grad_weight"):
+        session(network(), pruning, strategy="S1", length=16, bits=6, products=("output", "grad_weight"))
+
+
 def test_linear_is_a_convolution_of_one_pixel() -> None:
     x = rand(64, 32)[torch.arange(256) % 16]
     model = nn.Sequential(nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 4))
@@ -388,9 +430,14 @@ def test_reused_rows_leave_the_gradient_of_this_batch() -> None:
 
 
 def test_cost_model() -> None:
-    assert rho(16, 256, 0.1, 32, 2.0) == pytest.approx((16 / 256 + 0.3 + 4 / 32 + 2 / 256) / 3)
-    assert rho(16, 256, 0.1, 32, 2.0, 1, 64.0) == pytest.approx(rho(16, 256, 0.1, 32, 2.0) + 0.25)
-    assert rho(16, 256, 0.1, 32, 2.0, taps=9) < rho(16, 256, 0.1, 32, 2.0)
+    rung = Rung(32, 16)
+    assert rho(rung, 256, 0.1, 2.0) == pytest.approx((16 / 256 + 0.3 + 4 / 32 + 2 / 256) / 3)
+    assert rho(rung, 256, 0.1, 2.0, 1, 64.0) == pytest.approx(rho(rung, 256, 0.1, 2.0) + 0.25)
+    assert rho(rung, 256, 0.1, 2.0, taps=9) < rho(rung, 256, 0.1, 2.0)
+    some = {len(p): rho(rung, 256, 0.1, 2.0, reused=p) for p in (PRODUCTS[:1], PRODUCTS[::2], PRODUCTS)}
+    assert some[3] == rho(rung, 256, 0.1, 2.0)
+    assert some[2] == pytest.approx((16 / 256 + 0.2 + 4 / 32 + 1 / 256 + 1) / 3)
+    assert some[1] == pytest.approx((16 / 256 + 0.1 + 2 / 32 + 1 / 256 + 2) / 3)
 
 
 def test_candidates_divide_the_channels() -> None:

@@ -28,6 +28,11 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+def _not_a_view(y: Tensor) -> Tensor:
+    """Return y, a view of memory that nothing else sees, as a tensor of its own: modules after it may work in place."""
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.size(), y.stride())
+
+
 class _ThreeProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -43,6 +48,8 @@ class _ThreeProducts(torch.autograd.Function):
             y = arithmetic.output(x, w, bias, geometry)
         else:
             y, extras = recipe.output_kernel(x, w, bias, geometry)
+            if y._is_view() and not torch.compiler.is_compiling():
+                y = _not_a_view(y)
 
         kernel = recipe.grad_weight_kernel
         stored: tuple[Tensor, ...] = ()

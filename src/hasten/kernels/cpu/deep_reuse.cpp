@@ -350,27 +350,45 @@ inline int64_t parts(const DeepReuse &of) {
     return wanted < most ? wanted : most;
 }
 
-// grad_x[p] = the sum of the parts of its row, over the members of the row.
+// 1 / the sum of the lengths of each row's members, or of ones.
+void shares(const ReuseClusters &from, const DeepReuse &of, float *share, int64_t block) {
+    const int64_t pixels = of.pixels(), capacity = of.capacity();
+    const int64_t rows = from.starts[block * (of.groups + 1) + of.groups];
+    const int32_t *ids = from.ids + block * pixels, *counts = from.counts + block * capacity;
+    float *to = share + block * capacity;
+    if (from.scale == nullptr) {
+        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<float>(counts[r]);
+    } else {
+        std::memset(to, 0, sizeof(float) * static_cast<std::size_t>(rows));
+        for (int64_t p = 0; p < pixels; ++p) to[ids[p]] += from.scale[block * pixels + p];
+    }
+    for (int64_t r = 0; r < rows; ++r) to[r] = to[r] > 0.0F ? 1.0F / to[r] : 0.0F;
+}
+
+// The sums of a block's parts, times the shares, in the place of the first part.
+void combine(float *back, const float *share, const ReuseClusters &from, const DeepReuse &of, int64_t block) {
+    const int64_t lanes = (of.length + 15) / 16 * 16, capacity = of.capacity(), many = parts(of);
+    const int64_t rows = from.starts[block * (of.groups + 1) + of.groups], next = of.blocks() * capacity * lanes;
+    for (int64_t r = 0; r < rows; ++r) {
+        float *to = back + (block * capacity + r) * lanes;
+        const V factor = all(share[block * capacity + r]);
+        for (int64_t l = 0; l < lanes; l += 16) {
+            V total = load(to + l);
+            for (int64_t k = 1; k < many; ++k) total += load(to + k * next + l);
+            save(to + l, total * factor);
+        }
+    }
+}
+
+// grad_x[p] = its row of each block.
 template <class X>
 void spread(const float *back, const ReuseClusters &from, const DeepReuse &of, X *grad_x, int64_t begin, int64_t end) {
     const int64_t length = of.length, lanes = (length + 15) / 16 * 16, pixels = of.pixels(), capacity = of.capacity();
-    const int64_t many = parts(of), blocks = of.blocks();
     for (int64_t p = begin; p < end; ++p)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t row = from.ids[b * pixels + p];
-            float factor = 1.0F / static_cast<float>(from.counts[b * capacity + row]);
-            if (from.scale != nullptr) factor /= from.scale[b * pixels + p];
-            const float *sum = back + (b * capacity + row) * lanes;
+        for (int64_t b = 0; b < of.blocks(); ++b) {
+            const float *row = back + (b * capacity + from.ids[b * pixels + p]) * lanes;
             X *to = grad_x + p * of.channels + b * length;
-            if (many == 1) {
-                for (int64_t l = 0; l < length; ++l) put(to + l, sum[l] * factor);
-            } else {
-                for (int64_t l = 0; l < length; ++l) {
-                    float total = sum[l];
-                    for (int64_t k = 1; k < many; ++k) total += sum[k * blocks * capacity * lanes + l];
-                    put(to + l, total * factor);
-                }
-            }
+            for (int64_t l = 0; l < length; ++l) put(to + l, row[l]);
         }
 }
 
@@ -378,13 +396,11 @@ void spread(const float *back, const ReuseClusters &from, const DeepReuse &of, X
 
 void deep_reuse_cluster(const void *x, bool half, const float *v, const float *shift, const DeepReuse &of,
                         const ReuseClusters &to, int32_t *finite, int threads) {
-    parallel(of.blocks(), threads, [&](int64_t block) {
-        if (half) {
-            cluster_block(static_cast<const uint16_t *>(x), v, shift, of, to, finite, block);
-        } else {
-            cluster_block(static_cast<const float *>(x), v, shift, of, to, finite, block);
-        }
-    });
+    if (half) {
+        cluster_all(static_cast<const uint16_t *>(x), v, shift, of, to, finite, threads);
+    } else {
+        cluster_all(static_cast<const float *>(x), v, shift, of, to, finite, threads);
+    }
 }
 
 void deep_reuse_output(const ReuseClusters &from, const float *w, const float *bias, const float *z,
@@ -411,7 +427,8 @@ void deep_reuse_output(const ReuseClusters &from, const float *w, const float *b
 int64_t deep_reuse_scratch(const DeepReuse &of) {
     const Field field(of);
     const int64_t lanes = (of.length + 15) / 16 * 16;
-    return tiles(of) * of.images * field.high * field.wide * WIDE + parts(of) * of.blocks() * of.capacity() * lanes;
+    const int64_t rows = of.blocks() * of.capacity();
+    return tiles(of) * of.images * field.high * field.wide * WIDE + parts(of) * rows * lanes + rows;
 }
 
 void deep_reuse_gradients(const void *grad_output, bool half, const ReuseClusters &from, const float *w,
@@ -440,6 +457,11 @@ void deep_reuse_gradients(const void *grad_output, bool half, const ReuseCluster
         }
     });
     if (grad_x == nullptr) return;
+    float *share = back + many * of.blocks() * of.capacity() * lanes;
+    parallel(of.blocks(), threads, [&](int64_t block) {
+        shares(from, of, share, block);
+        combine(back, share, from, of, block);
+    });
     const int64_t chunk = 256;
     parallel((of.pixels() + chunk - 1) / chunk, threads, [&](int64_t i) {
         const int64_t begin = i * chunk, end = begin + chunk < of.pixels() ? begin + chunk : of.pixels();

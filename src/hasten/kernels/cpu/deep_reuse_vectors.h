@@ -17,6 +17,7 @@ using std::int32_t;
 using std::int64_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uint8_t;
 
 // Sixteen floats, in one, two or four registers as the instruction set has them.
 typedef float V __attribute__((vector_size(64)));

@@ -250,10 +250,11 @@ def gradients(
             grad_w[..., part] = (found.means[at, :n].t() @ sums).view(length, kh, kw, o).permute(3, 1, 2, 0)
         if to_input:
             kernel = w[:, part].float().permute(2, 3, 0, 1).reshape(taps * o, length)
-            back = (sums @ kernel) / found.counts[at, :n].clamp(min=1)[:, None]
-            pieces[at] = back[found.ids[at].long()]
-    if scaled:
-        pieces /= found.scale[..., None]
+            rows = found.ids[at].long()
+            weight = found.scale[at] if scaled else torch.ones_like(rows, dtype=torch.float32)
+            total = torch.zeros(n, device=grad.device).scatter_add_(0, rows, weight)
+            back = (sums @ kernel) / torch.where(total == 0, 1, total)[:, None]
+            pieces[at] = back[rows]
     last = torch.channels_last
     return (
         pixel_image(pieces, shape).to(w.dtype, memory_format=last, copy=True) if to_input else w.new_empty(0),

@@ -109,14 +109,21 @@ def replaced(clusters: Clusters) -> Tensor:
 
 
 def members_mean(gradient: Tensor, clusters: Clusters) -> Tensor:
-    """Return the gradient of the pieces, given that of `replaced`: the mean over each cluster."""
+    """Return the gradient of the pieces, given that of `replaced`: the mean over each cluster.
+
+    Where pieces have lengths s the mean is weighted: sum(s g) / sum(s) (our choice). The derivative with s held constant is
+    mean(s g) / s of the member, which grows without bound for a short piece in a cluster of long ones.
+    """
     scaled = clusters.scale.numel() > 0
-    factor = clusters.scale[..., None].to(gradient.dtype) if scaled else None
-    index = clusters.ids.long()[..., None].expand(-1, -1, gradient.shape[-1])
-    sums = gradient.new_zeros(clusters.means.shape)
-    sums.scatter_add_(1, index, gradient if factor is None else gradient * factor)
-    mean = (sums / clusters.counts.clamp(min=1)[..., None]).gather(1, index)
-    return mean if factor is None else mean / factor
+    weight = (
+        clusters.scale[..., None].to(gradient.dtype) if scaled else gradient.new_ones(*clusters.ids.shape, 1)
+    )
+    index = clusters.ids.long()[..., None]
+    sums = gradient.new_zeros(clusters.means.shape).scatter_add_(
+        1, index.expand_as(gradient), gradient * weight
+    )
+    total = gradient.new_zeros(*clusters.counts.shape, 1).scatter_add_(1, index, weight)
+    return (sums / torch.where(total == 0, 1, total)).gather(1, index.expand_as(gradient))
 
 
 # -- pixel: the pieces of the input itself
@@ -206,7 +213,10 @@ def pixel_gradients(
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Return (grad_input (B, C, H, W), grad_weight (O, C, kh, kw)) of `pixel_output` with the clusters held fixed."""
+    """Return (grad_input (B, C, H, W), grad_weight (O, C, kh, kw)) of `pixel_output` with the clusters held fixed.
+
+    They are its derivatives; where pieces have lengths grad_input is as `members_mean` says.
+    """
     x = pixel_image(replaced(clusters), shape)
     grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
         grad_output.to(x.dtype),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.errors import SettingsError, UnsupportedError
 from hasten.methods.products import reuse_settings as checks
-from hasten.methods.products.reuse_ladder import DENSE, Rung, candidates, divisors, rho
+from hasten.methods.products.reuse_ladder import DENSE, PRODUCTS, Rung, candidates, divisors, rho
 from hasten.methods.products.reuse_layer import How, LayerReuse, ReuseGradInput, ReuseGradWeight, ReuseOutput
 from hasten.methods.products.reuse_plateau import Plateau
 from hasten.products import Plan, supported
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 from hasten.surgery import Change
 
 NAME = "adaptive_deep_reuse"
-PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,14 +48,16 @@ class AdaptiveDeepReuse(Method):
         input in the order (c, kh, kw) as the paper does, by the reference: for study, it is slower than no method.
         In "patch" the sum of each output channel over the batch is exact; in "pixel" up to the image's borders.
     scope: pieces are grouped within an "image" or a "batch" (our choice), or "across_batch": a batch, with CR = 1.
-    scale: "norm" groups unit vectors and gives each member its own length, a constant in the backward pass (our option);
-        with "none" a piece and ten times it share a group, as in the paper.
+    scale: "norm" groups unit vectors and gives each member its own length (our choice: it reaches the same error with a
+        half to a fifth of the groups); with "none" a piece and ten times it share a group's mean, as in the paper.
+    products: what is computed from groups; the rest is exact, or another method's. In the paper all three; without
+        "grad_input" is our choice, for the mean gradient of a group has little to do with that of a member.
     center_hash: subtract the batch's mean of each channel before hashing (our option): less error, more groups.
     pad_last_block: append zero channels where L does not divide them; exact, at the cost of a copy (our option).
     a, overhead: cost of an add of the gather, and of moving the tensors for one output of one position, in multiply-adds,
         for the prediction of cost (our choice: 2.5 and 20, fitted to measured times; 1 and 0 count operations alone).
     max_rho: settings predicted or measured to cost this share of dense or more are not used (our choice: 0.9).
-    max_error: largest relative error of a layer's output S2 begins with (our choice: 0.35).
+    max_error: largest relative error of a layer's output S2 begins with (our choice: 0.2).
     rungs: rungs of the ladder at most, without the dense one (our choice: 4).
     decay, improvement, patience_epochs: the loss has stopped falling when its moving average (0.98) has not improved by
         0.005 of itself in an epoch (our choice).
@@ -78,13 +79,14 @@ class AdaptiveDeepReuse(Method):
     bit_counts: tuple[int, ...] = (6, 8, 10, 12, 16, 20, 24, 32)
     order: Literal["pixel", "patch"] = "pixel"
     scope: Literal["image", "batch", "across_batch"] = "batch"
-    scale: Literal["none", "norm"] = "none"
+    scale: Literal["norm", "none"] = "norm"
+    products: tuple[str, ...] = ("output", "grad_weight")
     center_hash: bool = False
     pad_last_block: bool = False
     a: float = 2.5
     overhead: float = 20.0
     max_rho: float = 0.9
-    max_error: float = 0.35
+    max_error: float = 0.2
     rungs: int = 4
     decay: float = 0.98
     improvement: float = 0.005
@@ -114,6 +116,11 @@ class AdaptiveDeepReuse(Method):
     def problems(self) -> list[str]:
         """Return the settings that are out of range."""
         return checks.problems(self)
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """Return the products that are computed from groups."""
+        return frozenset(self.products)
 
     # -- attaching
     def attach(self, session: Session) -> Effect:
@@ -156,7 +163,7 @@ class AdaptiveDeepReuse(Method):
         session = self._session
         how = How(
             key=(session.seed, NAME), order=self.order, scope=self.scope, norm=self.scale == "norm",
-            center=self.center_hash, a=self.a, overhead=self.overhead, max_rho=self.max_rho, max_error=self.max_error, rungs=self.rungs,
+            center=self.center_hash, products=tuple(self.products), a=self.a, overhead=self.overhead, max_rho=self.max_rho, max_error=self.max_error, rungs=self.rungs,
             max_age=self.cr_max_age, kernel=self.kernel,
         )  # fmt: skip
         effect = Effect(saves="arithmetic of the three products")
@@ -183,8 +190,10 @@ class AdaptiveDeepReuse(Method):
             plan = self._plans[name] = session.plan(name)
             weight = ReuseGradWeight(layer)
             plan.kernel("output", ReuseOutput(layer, weight), NAME)
-            plan.kernel("grad_input", ReuseGradInput(layer), NAME)
-            plan.kernel("grad_weight", weight, NAME)
+            if "grad_input" in self.products:
+                plan.kernel("grad_input", ReuseGradInput(layer), NAME)
+            if "grad_weight" in self.products:
+                plan.kernel("grad_weight", weight, NAME)
             if self.kernel == "dense":
                 layer.rung, layer.due, layer.reason = DENSE, "", "kernel='dense'"
             self.layers_[name] = layer
@@ -225,7 +234,7 @@ class AdaptiveDeepReuse(Method):
                 f"{divisors(checks.width_of(module, self.order))}) with fewer bits than its {m} outputs"
             )
         taps = checks.taps_of(module) if self.order == "pixel" else 1
-        least = min(rho(rung.bits, m, 0.0, rung.length, self.a, taps, self.overhead) for rung in options)
+        least = min(rho(rung, m, 0.0, self.a, taps, self.overhead, self.products) for rung in options)
         if least >= self.max_rho and self.kernel != "native":
             return f"hashing and gathering alone cost {least:.2f} of a dense pass (max_rho={self.max_rho:g})"
         return None

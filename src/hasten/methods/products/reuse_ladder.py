@@ -5,7 +5,8 @@ where pixels' pieces are clustered, 1 where those of the unfolded input are) and
 
     rho = ( H / (T M) + 3 r_c + 2 a / L + 2 / (T M) ) / 3 + overhead / M
 
-The last term is ours: what reading, laying out and writing the tensors costs beside the arithmetic.
+The last term is ours: what reading, laying out and writing the tensors costs beside the arithmetic. A
+product that stays dense counts 1 in place of its r_c, and its share of the other terms is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
 class Rung(NamedTuple):
@@ -46,11 +49,22 @@ class Measured:
 
 
 def rho(
-    bits: int, outputs: int, remaining: float, length: int, a: float, taps: int = 1, overhead: float = 0.0
+    rung: Rung,
+    outputs: int,
+    remaining: float,
+    a: float,
+    taps: int = 1,
+    overhead: float = 0.0,
+    reused: Sequence[str] = PRODUCTS,
 ) -> float:
-    """Return the predicted cost of the three products over that of the dense ones (multiply-adds: derived, not measured)."""
-    adds = bits / (taps * outputs) + 3 * remaining + 2 * a / length + 2 / (taps * outputs)
-    return adds / 3 + overhead / outputs
+    """Return the predicted cost of the three products over that of the dense ones (multiply-adds: derived, not measured).
+
+    reused: those of `PRODUCTS` that are computed from clusters; "output" is one of them.
+    """
+    gathers = 1 + (len(reused) > 1)  # the sums of grad_output serve both gradients
+    passes = 1 + ("grad_input" in reused)
+    adds = (rung.bits + passes) / (taps * outputs) + len(reused) * remaining + gathers * a / rung.length
+    return (adds + 3 - len(reused) + len(reused) * overhead / outputs) / 3
 
 
 def divisors(n: int) -> list[int]:

@@ -34,6 +34,7 @@ class How:
     scope: Literal["image", "batch", "across_batch"]
     norm: bool
     center: bool
+    products: tuple[str, ...]
     a: float
     overhead: float
     max_rho: float
@@ -169,7 +170,7 @@ class LayerReuse:
             remaining = self.remaining_ratio(clusters, rows)
             error = float(torch.linalg.vector_norm(y - exact)) / size
             cost = rho(
-                rung.bits, self.outputs, remaining, rung.length, self.how.a, self.taps, self.how.overhead
+                rung, self.outputs, remaining, self.how.a, self.taps, self.how.overhead, self.how.products
             )
             found.append(Measured(rung, remaining, error, cost))
         return found
@@ -222,7 +223,10 @@ class LayerReuse:
         def native() -> None:
             found = self.cluster(x, w, geometry, rung)
             self.output(found, x, w, bias, geometry)
-            self.backward(grad, w, Saved(x, w, tuple(found)), geometry, True, True)
+            to_input, to_weight = ("grad_input" in self.how.products, "grad_weight" in self.how.products)
+            if to_input or to_weight:
+                self.backward(grad, w, Saved(x, w, tuple(found)), geometry, to_input, to_weight)
+            arithmetic.gradients(grad, x, w, geometry, (not to_input, not to_weight, False))
 
         last = x.is_contiguous(memory_format=torch.channels_last)
         # a sixteenth of a doubling of r_c is the same answer
@@ -230,7 +234,7 @@ class LayerReuse:
         key = (
             f"deep_reuse {self.how.order} {tuple(x.shape)} {tuple(w.shape)} {geometry.stride} {geometry.padding} "
             f"{x.dtype} {'nhwc' if last else 'nchw'} L{rung.length} H{rung.bits} {self.how.scope} {self.how.norm} "
-            f"{self.how.center} {about} {instruction_set()}"
+            f"{self.how.center} {self.how.products} {about} {instruction_set()}"
         )
         return probe.choose(key, {"dense": dense, "native": native}, rounds=3) == "native"
 
@@ -281,9 +285,10 @@ class ReuseGradInput(_Piece):
             return arithmetic.grad_input(grad_output, w, geometry, saved)
         layer = self.layer
         grad = as_images(grad_output, geometry)
-        grad_x, grad_w = layer.backward(grad, as_kernel(w), saved, geometry, True, w.requires_grad)
+        both = w.requires_grad and "grad_weight" in layer.how.products
+        grad_x, grad_w = layer.backward(grad, as_kernel(w), saved, geometry, True, both)
         layer.gradients += 1
-        if w.requires_grad:
+        if both:
             layer.shared = (grad_output, grad_output._version, saved.extras[0], grad_w)
         if not geometry.conv:
             return grad_x.reshape(saved.x_like.shape)

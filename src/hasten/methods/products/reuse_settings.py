@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hasten.kernels.reference.deep_reuse import HIGHEST_BITS
-from hasten.methods.products.reuse_ladder import divisors
+from hasten.methods.products.reuse_ladder import PRODUCTS, divisors
 
 if TYPE_CHECKING:
     from hasten.methods.products.adaptive_deep_reuse import AdaptiveDeepReuse
@@ -50,6 +50,10 @@ def problems(of: AdaptiveDeepReuse) -> list[str]:
     for name in ("decay", "improvement", "dense_share"):
         if not 0.0 <= getattr(of, name) < 1.0:
             found.append(f"{name} must lie in [0, 1), not {getattr(of, name)}.")
+    if "output" not in of.products or not set(of.products) <= set(PRODUCTS):
+        found.append(
+            f"products must be 'output' and any of 'grad_input', 'grad_weight', not {of.products!r}."
+        )
     if of.strategy == "S3" and of.scope != "across_batch":
         found.append(f"S3 reuses rows across batches: give scope='across_batch', not {of.scope!r}.")
     if of.scope == "across_batch" and (of.center_hash or of.order == "patch"):
