@@ -71,9 +71,10 @@ inline void hashes(const float *pieces, int64_t length, const float *v, const fl
 }
 
 constexpr int64_t CHUNK = 512;  // pixels of a task; a multiple of TOGETHER
-constexpr int64_t LANES = 32;   // channels of a task of `average`
+constexpr int64_t LANES = 32;   // channels of a task of `Average`, where there are fewer blocks than
+constexpr int64_t FEW = 4;
 
-// Hashes of the pieces [begin, end) of a block, which lie in `to.ids` until `number_rows`; `empty` notes pieces of zeros.
+// Hashes of the pieces [begin, end) of a block, which lie in `to.ids` until they are numbered; `empty` notes pieces of zeros.
 // Returns whether all values are finite.
 template <class X>
 bool hash_pieces(const X *x, const float *v, const float *shift, const DeepReuse &of, const ReuseClusters &to,
@@ -122,81 +123,130 @@ bool hash_pieces(const X *x, const float *v, const float *shift, const DeepReuse
 }
 
 // Rows of a block in the order in which their hashes first appear, those of a group after its row of zeros.
-void number_rows(const DeepReuse &of, const ReuseClusters &to, const uint8_t *empty, int64_t block) {
-    const int64_t pixels = of.pixels(), capacity = of.capacity(), each = pixels / of.groups;
-    int32_t *ids = to.ids + block * pixels, *keys = to.keys + block * capacity, *counts = to.counts + block * capacity;
-    int32_t *starts = to.starts + block * (of.groups + 1);
-    empty += block * pixels;
-    uint32_t size = 64;
-    while (size < 2 * each) size *= 2;
-    int32_t *slot = static_cast<int32_t *>(std::calloc(size, sizeof(int32_t)));
-    Table table{slot, size - 1, keys, 0, 0};
-    int32_t rows = 0;
-    for (int64_t group = 0; group < of.groups; ++group) {
-        const int32_t zero = rows++;
-        starts[group] = zero;
-        keys[zero] = 0;
-        counts[zero] = 0;
-        table.begin = table.end = rows;
-        for (int64_t p = group * each; p < (group + 1) * each; ++p) {
-            int32_t row = zero;
-            if (!empty[p]) {
-                const uint32_t hash = static_cast<uint32_t>(ids[p]);
-                row = table.find(hash);
-                if (row == table.end) {
-                    ++table.end;
-                    keys[row] = static_cast<int32_t>(hash);
-                    counts[row] = 0;
+class Numbering {
+  public:
+    Numbering(const DeepReuse &of, const ReuseClusters &to, const uint8_t *empty, int64_t block)
+        : of_(of), each_(of.pixels() / of.groups), ids_(to.ids + block * of.pixels()), keys_(to.keys + block * of.capacity()),
+          counts_(to.counts + block * of.capacity()), starts_(to.starts + block * (of.groups + 1)),
+          empty_(empty + block * of.pixels()) {
+        uint32_t size = 64;
+        while (size < 2 * each_) size *= 2;
+        table_ = Table{static_cast<int32_t *>(std::calloc(size, sizeof(int32_t))), size - 1, keys_, 0, 0};
+    }
+    ~Numbering() { std::free(table_.slot); }
+    Numbering(const Numbering &) = delete;
+    Numbering &operator=(const Numbering &) = delete;
+
+    // Puts rows in the place of the hashes of the pieces [begin, end), which follow those before.
+    void number(int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+            if (p % each_ == 0) {
+                zero_ = table_.end;
+                starts_[p / each_] = zero_;
+                keys_[zero_] = 0;
+                counts_[zero_] = 0;
+                table_.begin = ++table_.end;
+            }
+            int32_t row = zero_;
+            if (!empty_[p]) {
+                const uint32_t hash = static_cast<uint32_t>(ids_[p]);
+                row = table_.find(hash);
+                if (row == table_.end) {
+                    ++table_.end;
+                    keys_[row] = static_cast<int32_t>(hash);
+                    counts_[row] = 0;
                 }
             }
-            ids[p] = row;
-            ++counts[row];
+            ids_[p] = row;
+            ++counts_[row];
         }
-        rows = table.end;
+        starts_[of_.groups] = table_.end;
     }
-    starts[of.groups] = rows;
-    std::free(slot);
-}
+    int32_t rows() const { return table_.end; }
 
-// Means of the rows of a block in the channels [begin, end) of its pieces. Pieces of zeros add nothing.
+  private:
+    const DeepReuse &of_;
+    const int64_t each_;
+    int32_t *ids_, *keys_, *counts_, *starts_;
+    const uint8_t *empty_;
+    Table table_;
+    int32_t zero_ = 0;
+};
+
+// Means of the rows of a block in the channels [low, high) of its pieces. Pieces of zeros add nothing.
 template <class X>
-void average(const X *x, const DeepReuse &of, const ReuseClusters &to, int64_t block, int64_t begin, int64_t end) {
-    const int64_t length = of.length, pixels = of.pixels(), capacity = of.capacity(), many = end - begin;
-    const int32_t *ids = to.ids + block * pixels, *counts = to.counts + block * capacity;
-    const int64_t rows = to.starts[block * (of.groups + 1) + of.groups];
-    float *means = to.means + block * capacity * length + begin;
-    for (int64_t row = 0; row < rows; ++row)
-        std::memset(means + row * length, 0, sizeof(float) * static_cast<std::size_t>(many));
-    const X *from = x + block * length + begin;
-    for (int64_t p = 0; p < pixels; ++p, from += of.channels) {
-        const float factor = to.scale != nullptr ? 1.0F / to.scale[block * pixels + p] : 1.0F;
-        float *mean = means + ids[p] * length;
-        for (int64_t l = 0; l < many; ++l) mean[l] += number(from[l]) * factor;
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-        const float share = counts[row] > 0 ? 1.0F / static_cast<float>(counts[row]) : 0.0F;
-        for (int64_t l = 0; l < many; ++l) means[row * length + l] *= share;
-    }
-}
+class Average {
+  public:
+    Average(const X *x, const DeepReuse &of, const ReuseClusters &to, int64_t block, int64_t low, int64_t high)
+        : x_(x + block * of.length + low), channels_(of.channels), length_(of.length), many_(high - low),
+          ids_(to.ids + block * of.pixels()), counts_(to.counts + block * of.capacity()),
+          scale_(to.scale != nullptr ? to.scale + block * of.pixels() : nullptr),
+          means_(to.means + block * of.capacity() * of.length + low) {}
 
+    // Adds the pieces [begin, end), whose rows are numbered; `rows` rows are in use.
+    void add(int64_t begin, int64_t end, int64_t rows) {
+        for (; rows_ < rows; ++rows_)
+            std::memset(means_ + rows_ * length_, 0, sizeof(float) * static_cast<std::size_t>(many_));
+        const X *from = x_ + begin * channels_;
+        for (int64_t p = begin; p < end; ++p, from += channels_) {
+            const float factor = scale_ != nullptr ? 1.0F / scale_[p] : 1.0F;
+            float *mean = means_ + ids_[p] * length_;
+            for (int64_t l = 0; l < many_; ++l) mean[l] += number(from[l]) * factor;
+        }
+    }
+    void finish() {
+        for (int64_t row = 0; row < rows_; ++row) {
+            const float share = counts_[row] > 0 ? 1.0F / static_cast<float>(counts_[row]) : 0.0F;
+            for (int64_t l = 0; l < many_; ++l) means_[row * length_ + l] *= share;
+        }
+    }
+
+  private:
+    const X *x_;
+    const int64_t channels_, length_, many_;
+    const int32_t *ids_, *counts_;
+    const float *scale_;
+    float *means_;
+    int64_t rows_ = 0;
+};
+
+// Where blocks are few, a block's pieces are hashed and averaged by several tasks; else a block is one task, which goes
+// through the pieces once, in chunks that stay in cache. The results are the same.
 template <class X>
 void cluster_all(const X *x, const float *v, const float *shift, const DeepReuse &of, const ReuseClusters &to,
                  int32_t *finite, int threads) {
     const int64_t blocks = of.blocks(), pixels = of.pixels(), chunks = (pixels + CHUNK - 1) / CHUNK;
-    const int64_t cuts = (of.length + LANES - 1) / LANES;
+    const int64_t cuts = blocks < FEW ? (of.length + LANES - 1) / LANES : 1;
+    const auto end_of = [&](int64_t chunk) { return (chunk + 1) * CHUNK < pixels ? (chunk + 1) * CHUNK : pixels; };
     uint8_t *empty = room<uint8_t>(blocks * pixels), *sound = room<uint8_t>(blocks * chunks);
-    parallel(blocks * chunks, threads, [&](int64_t i) {
-        const int64_t begin = i % chunks * CHUNK, end = begin + CHUNK < pixels ? begin + CHUNK : pixels;
-        sound[i] = hash_pieces(x, v, shift, of, to, empty, i / chunks, begin, end);
-    });
+    if (blocks < FEW)
+        parallel(blocks * chunks, threads, [&](int64_t i) {
+            const int64_t chunk = i % chunks;
+            sound[i] = hash_pieces(x, v, shift, of, to, empty, i / chunks, chunk * CHUNK, end_of(chunk));
+        });
     parallel(blocks, threads, [&](int64_t block) {
-        number_rows(of, to, empty, block);
+        Numbering rows(of, to, empty, block);
+        if (blocks < FEW) {
+            rows.number(0, pixels);
+        } else {
+            Average<X> means(x, of, to, block, 0, of.length);
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                const int64_t begin = chunk * CHUNK, end = end_of(chunk);
+                sound[block * chunks + chunk] = hash_pieces(x, v, shift, of, to, empty, block, begin, end);
+                rows.number(begin, end);
+                means.add(begin, end, rows.rows());
+            }
+            means.finish();
+        }
         finite[block] = std::memchr(sound + block * chunks, 0, static_cast<std::size_t>(chunks)) == nullptr;
     });
-    parallel(blocks * cuts, threads, [&](int64_t i) {
-        const int64_t begin = i % cuts * LANES, end = begin + LANES < of.length ? begin + LANES : of.length;
-        average(x, of, to, i / cuts, begin, end);
-    });
+    if (blocks < FEW)
+        parallel(blocks * cuts, threads, [&](int64_t i) {
+            const int64_t block = i / cuts, low = i % cuts * LANES, high = low + LANES < of.length ? low + LANES : of.length;
+            Average<X> means(x, of, to, block, low, high);
+            means.add(0, pixels, to.starts[block * (of.groups + 1) + of.groups]);
+            means.finish();
+        });
     std::free(sound);
     std::free(empty);
 }

@@ -13,11 +13,14 @@ namespace {
 // How the weight is cut into slices that are gone through one by one: kernel row, group of taps, chunk of channels.
 struct Slices {
     int taps, vectors;                 // of a tile at most
-    std::int64_t groups, chunks, row;  // row: floats of one output channel in one slice
+    std::int64_t groups, chunks;
+    std::int64_t row, step;            // floats from one output channel to the next in a slice, and from tap to tap
+    bool in_place;                     // slices are read where they lie in the weight, not from a copy
     std::int64_t channels;             // input channels rounded up to WIDTH
     std::int64_t block;                // output channels that are gone through together
 
-    Slices(const SkipShape &s, double dense) {
+    // may_lie: the weight is float32 and its channels come in whole vectors.
+    Slices(const SkipShape &s, double dense, bool may_lie) {
         channels = up(s.c, WIDTH) * WIDTH;
         groups = up(s.kw, MAX_TAPS);
         taps = static_cast<int>(up(s.kw, groups));
@@ -26,12 +29,21 @@ struct Slices {
         const bool small = dense >= 0.047;
         vectors = vectors_of(channels / WIDTH, taps, small ? MAX_VECTORS / 2 : MAX_VECTORS);
         chunks = up(channels / WIDTH, vectors);
-        row = taps * vectors * WIDTH;
-        block = small ? most(16, (dense >= 0.16 ? 40 : 100) * 256 / row / 16 * 16) : s.o;
+        const std::int64_t slice = taps * vectors * WIDTH;
+        // a copy of a slice, whose rows lie close together, pays where each row is read some 160 times (measured likewise)
+        in_place = may_lie && dense * static_cast<double>(s.n * s.oh * s.ow) < 160;
+        row = in_place ? s.kh * s.kw * s.c : slice;
+        step = in_place ? s.c : vectors * WIDTH;
+        block = small ? most(16, (dense >= 0.16 ? 40 : 100) * 256 / slice / 16 * 16) : s.o;
         block = least(block, s.o);
         block = up(up(s.o, up(s.o, block)), 16) * 16;
     }
     std::int64_t count(const SkipShape &s) const { return s.kh * groups * chunks; }
+    std::int64_t begin(const SkipShape &s, std::int64_t slice) const {
+        if (!in_place) return slice * s.o * row;
+        const std::int64_t ky = slice / (groups * chunks), group = slice / chunks % groups;
+        return (ky * s.kw + group * taps) * s.c + slice % chunks * vectors * WIDTH;
+    }
 };
 
 template <class T>
@@ -95,8 +107,7 @@ void add_slice(const Entry *entries, const std::int32_t *starts, std::int64_t bl
     const int vectors = static_cast<int>(least(k.vectors, (k.channels - c0) / WIDTH));
     Tile tiles[MAX_TAPS + 1] = {nullptr};
     for (int r = 1; r <= k.taps; ++r) tiles[r] = tile_of(r, vectors);
-    const float *rows = packed + slice * s.o * k.row;
-    const std::int64_t step = k.vectors * WIDTH;
+    const float *rows = packed + k.begin(s, slice);
     for (std::int64_t image = 0; image < images; ++image)
         for (std::int64_t y = 0; y < s.oh; ++y) {
             const std::int64_t iy = y * s.sh - s.ph + ky * s.dh;
@@ -107,7 +118,7 @@ void add_slice(const Entry *entries, const std::int32_t *starts, std::int64_t bl
                 const std::int64_t n = range[1] - range[0], taps = tap_count[x];
                 if (n == 0 || taps == 0) continue;
                 const std::int64_t tap = first_tap[x], ix = x * s.sw - s.pw + (group * k.taps + tap) * s.dw;
-                tiles[taps](entries + range[0], n, rows + tap * step, step, line + ix * pitch, s.dw * pitch);
+                tiles[taps](entries + range[0], n, rows + tap * k.step, k.step, line + ix * pitch, s.dw * pitch);
             }
         }
 }
@@ -116,10 +127,12 @@ template <class T>
 void grad_input(const T *g, const T *w, T *gi, const SkipShape &s, int threads) {
     const std::int64_t pixels = s.oh * s.ow;
     const double dense = density(g, s.n * pixels * s.o);
-    const Slices k(s, dense);
+    const bool whole = sizeof(T) == sizeof(float) && s.c % WIDTH == 0;
+    const Slices k(s, dense, whole);
     const std::int64_t slices = k.count(s), blocks = up(s.o, k.block);
-    const Scratch<float> packed(slices * s.o * k.row);
-    parallel(slices, threads, [&](std::int64_t slice) { pack_slice(w, packed.get(), s, k, slice); });
+    const Scratch<float> copy(k.in_place ? 0 : slices * s.o * k.row);
+    if (!k.in_place) parallel(slices, threads, [&](std::int64_t slice) { pack_slice(w, copy.get(), s, k, slice); });
+    const float *packed = k.in_place ? reinterpret_cast<const float *>(w) : copy.get();
 
     // of each group of taps and each x: the first tap inside the image, and how many
     const Scratch<std::int32_t> first(k.groups * s.ow), count(k.groups * s.ow);
@@ -133,24 +146,23 @@ void grad_input(const T *g, const T *w, T *gi, const SkipShape &s, int threads) 
         }
 
     // the larger the weight, the more pixels must share one pass over it
-    const bool big = slices * s.o * k.row > (1 << 18);
+    const bool big = s.o * s.kh * s.kw * k.channels > (1 << 18);
     const std::int64_t images = most(1, (big ? 256 : 64) / pixels);
-    const bool direct = sizeof(T) == sizeof(float) && s.c % WIDTH == 0;
     parallel(up(s.n, images), threads, [&](std::int64_t task) {
         const std::int64_t begin = task * images, here = least(images, s.n - begin), size = s.h * s.w;
         const Scratch<Entry> entries(here * pixels * s.o + 16);
         const Scratch<std::int32_t> starts(here * pixels * blocks + 1);
         list_pixels(g + begin * pixels * s.o, here * pixels, s, k, entries.get(), starts.get());
-        const Scratch<float> own(direct ? 0 : here * size * k.channels);
-        float *to = direct ? reinterpret_cast<float *>(gi + begin * size * s.c) : own.get();
+        const Scratch<float> own(whole ? 0 : here * size * k.channels);
+        float *to = whole ? reinterpret_cast<float *>(gi + begin * size * s.c) : own.get();
         std::memset(to, 0, static_cast<std::size_t>(here * size * k.channels) * sizeof(float));
         for (std::int64_t block = 0; block < blocks; ++block)
             for (std::int64_t slice = 0; slice < slices; ++slice) {
                 const std::int64_t group = slice / k.chunks % k.groups;
-                add_slice(entries.get(), starts.get() + block, blocks, packed.get(), to, k.channels, here, s, k, slice,
+                add_slice(entries.get(), starts.get() + block, blocks, packed, to, k.channels, here, s, k, slice,
                           first.get() + group * s.ow, count.get() + group * s.ow);
             }
-        if (direct) return;
+        if (whole) return;
         T *out = gi + begin * size * s.c;
         for (std::int64_t p = 0; p < here * size; ++p)
             for (std::int64_t c = 0; c < s.c; ++c) {
