@@ -2,7 +2,8 @@
 
 Memory is counted twice: bytes that autograd keeps, and the growth of a fresh process over two steps, with an allocator
 that gives memory back. Recomputing every block (``torch.utils.checkpoint``) is the other way to the same end; what it
-keeps is no saved tensor, so only the process shows it. The accuracies are of the strong baseline (bfloat16) with and
+keeps is no saved tensor, so only the process shows it. torch.compile with a budget for activations chooses what to
+recompute; there autograd's bytes are told, for the compiler itself takes memory of the process. The accuracies are of the strong baseline (bfloat16) with and
 without, so what is rounded there are bfloat16 numbers; "nearest" is 2 bits for all without noise, and biased.
 """
 
@@ -15,12 +16,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +52,12 @@ from hasten.methods.products.actnn import ActNN
 from hasten.session import Session
 
 CLAIM = "ActNN: ResNet-50 and VGG-16 keep >= 10x less memory for the backward pass at <= 1.2x the time of a float32 step"
-MINUTES = 14
+MINUTES = 20
+BUDGET = 0.1  # of the activations that a compiled network would keep
+NOTES = {
+    "recomputed": " (recomputing every block; no ActNN)",
+    "compiled": f" (torch.compile, activation memory budget {BUDGET:g}; no ActNN)",
+}
 NETWORKS = (("resnet50", 16), ("vgg16", 64))
 SECONDS = 80.0
 SEEDS, IMAGES, EPOCHS = 5, 12_500, 5.0
@@ -62,6 +69,7 @@ ACCURACY: dict[str, Callable[[], list[Method]]] = {
 MEMORY: dict[str, Callable[[], list[Method]]] = {
     "plain": list,
     "recomputed": list,
+    "compiled": list,
     "L2": lambda: [ActNN(level="L2")],
     "L3": lambda: [ActNN()],
     "strong": lambda: [strong()],
@@ -91,6 +99,32 @@ def network(name: str, arm: str) -> nn.Module:
     return recomputed(build(name)) if arm == "recomputed" else build(name)
 
 
+def session_of(name: str, arm: str, methods: list[Method], x: Tensor, y: Tensor) -> Session:
+    """Return a session on the network of an arm; that of "compiled" is to be used under `budget`."""
+    model = network(name, arm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    session = Session(model, optimizer, methods, sample=(x, y), total_samples=10**9)
+    if arm == "compiled":
+        session.forward = torch.compile(session.model, dynamic=False)
+    return session
+
+
+def budget(arm: str) -> AbstractContextManager[Any]:
+    """Bound what a network compiled within keeps, for the arm that is."""
+    return functorch.patch(activation_memory_budget=BUDGET) if arm == "compiled" else nullcontext()
+
+
+def compiled_step(name: str, x: Tensor, y: Tensor) -> Step:
+    """Return a step of the compiled network."""
+    session = session_of(name, "compiled", [], x, y)
+
+    def step() -> None:
+        with budget("compiled"):
+            session.step(x, y)
+
+    return step
+
+
 # -- memory
 def child(name: str, batch: int, arm: str) -> None:
     """In a fresh process: run two steps and print bytes kept by autograd and the growth of the process."""
@@ -112,21 +146,23 @@ def saved_bytes(name: str, batch: int, arm: str) -> int:
     Their bfloat16 copies under autocast, as large whatever is done to activations, are taken off too.
     """
     x, y = real_images(batch)
-    model = network(name, arm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    session = Session(model, optimizer, MEMORY[arm](), sample=(x, y), total_samples=10**9)
-    for _ in range(2):
-        session.step(x, y)
-    if arm.startswith("strong"):
-        x = x.contiguous(memory_format=torch.channels_last)
+    session = session_of(name, arm, MEMORY[arm](), x, y)
     with ExitStack() as stack:
+        stack.enter_context(budget(arm))
+        for _ in range(2):
+            session.step(x, y)
+        if arm.startswith("strong"):
+            x = x.contiguous(memory_format=torch.channels_last)
         saved = stack.enter_context(SavedActivations(session.model))
         for each in session.methods:
             if overrides(each, "context"):
                 stack.enter_context(each.context())
         F.cross_entropy(session.forward(x), y)
     copies = [
-        p.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in m.parameters()
+        p.numel()
+        for m in session.model.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+        for p in m.parameters()
     ]
     return saved.bytes - 2 * sum(copies) * arm.startswith("strong")
 
@@ -137,24 +173,22 @@ def memory(name: str, batch: int, smoke: bool) -> dict[str, dict[str, float]]:
     # memory that is freed goes back at once, so that the process is as large as what it holds
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for arm in ("plain", "L3") if smoke else MEMORY:
-        code = f"from benchmarks.actnn import child; child({name!r}, {batch}, {arm!r})"
-        run = fresh_process([sys.executable, "-c", code], timeout=600, env=environment)
-        if run.returncode:
-            raise RuntimeError(run.stderr[-2000:])
-        told = json.loads(run.stdout.splitlines()[-1])
-        found[arm] = {"process_mb": told["process"] / 1e6}
+        row = found[arm] = {}
+        if arm != "compiled":
+            code = f"from benchmarks.actnn import child; child({name!r}, {batch}, {arm!r})"
+            run = fresh_process([sys.executable, "-c", code], timeout=600, env=environment)
+            if run.returncode:
+                raise RuntimeError(run.stderr[-2000:])
+            row["process_mb"] = json.loads(run.stdout.splitlines()[-1])["process"] / 1e6
         if arm != "recomputed":
-            found[arm]["kept_mb"] = saved_bytes(name, batch, arm) / 1e6
-        print(
-            f"{name}, batch {batch}, {arm}: {found[arm].get('kept_mb', math.nan):.1f} MB kept by autograd, "
-            f"process grows by {found[arm]['process_mb']:.0f} MB",
-            flush=True,
-        )
+            row["kept_mb"] = saved_bytes(name, batch, arm) / 1e6
+        told = ", ".join(f"{what} {megabytes:.1f} MB" for what, megabytes in row.items())
+        print(f"{name}, batch {batch}, {arm}: {told}", flush=True)
     return found
 
 
 # -- time
-def time_arms(name: str, x: Tensor, y: Tensor) -> dict[str, Step]:
+def time_arms(name: str, x: Tensor, y: Tensor, smoke: bool) -> dict[str, Step]:
     """Return the steps to time."""
     return {
         "plain": session_step(build(name), x, y, []),
@@ -163,12 +197,12 @@ def time_arms(name: str, x: Tensor, y: Tensor) -> dict[str, Step]:
         "L3, by samples": session_step(build(name), x, y, [ActNN(allocation="samples")]),
         "recomputed": session_step(recomputed(build(name)), x, y, []),
         "strong, L3": session_step(build(name), x, y, [strong(), ActNN()]),
-    }
+    } | ({} if smoke else {"compiled": compiled_step(name, x, y)})
 
 
 def steps(title: str, name: str, x: Tensor, y: Tensor, smoke: bool) -> dict[str, Any]:
     """Time the arms' steps in one interleaved run."""
-    return pairs(title, time_arms(name, x, y), baseline="plain", seconds=SECONDS, smoke=smoke)
+    return pairs(title, time_arms(name, x, y, smoke), baseline="plain", seconds=SECONDS, smoke=smoke)
 
 
 # -- accuracy
@@ -239,7 +273,8 @@ def main(smoke: bool = False) -> None:
             text = f"{less:.1f}x less ({taken[name][arm]['kept_mb']:.1f} MB of {taken[name][base]['kept_mb']:.1f} MB); "
             text += f"the process grows by {small:.0f} MB where {base} grows by {large:.0f} MB"
             if base == "plain":
-                text += f" and recomputed blocks by {taken[name]['recomputed']['process_mb']:.0f} MB"
+                text += f" and recomputed blocks by {taken[name]['recomputed']['process_mb']:.0f} MB; torch.compile with a memory "
+                text += f"budget of {BUDGET:g} keeps {taken[name]['compiled']['kept_mb']:.1f} MB"
             aim = 10.0 if base == "plain" else None
             what = f"kept for the backward pass, {title}, over {base}"
             claims.append(
@@ -256,8 +291,9 @@ def main(smoke: bool = False) -> None:
             ("L3, by samples", None),
             ("recomputed", None),
             ("strong, L3", None),
+            ("compiled", None),
         ):
-            note = " (recomputing every block; no ActNN)" if arm == "recomputed" else ""
+            note = NOTES.get(arm, "")
             what = f"step of {title}, {arm}{note}, over plain"
             claims.append(ratio_claim("actnn", what, timed[name], arm, least))
     rows = [] if "accuracy" in LEFT_OUT else accuracies(smoke)
