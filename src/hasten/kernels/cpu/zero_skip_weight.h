@@ -16,20 +16,22 @@ struct Columns {
 };
 
 // What is computed: the convolution itself, or, where the channels are few, the one in which the kw * c numbers of a
-// patch's row count as the channels of a single tap, and kernel rows are gone through together ("merged"). x is copied block by block, as float32, so that the channels of a
-// tile lie together (reading it in place took up to twice as long), and padded to the left and right where that wastes little;
-// merged, it is padded above and below too.
+// patch's row count as the channels of a single tap, and kernel rows are gone through together ("merged"). x is copied
+// block by block, as float32, so that the channels of a tile lie together (reading it in place took up to twice as long),
+// and padded to the left and right where that wastes little; merged, it is padded above and below too. It is read in place
+// where each number is used only a few times.
 struct View {
     std::int64_t c, kw, w, sw, pw, dw;  // as in SkipShape, of the view
     std::int64_t channels;              // c rounded up to WIDTH
     std::int64_t pitch;                 // floats from one pixel to the next
-    bool merged;
+    bool merged, in_place;
     int taps, vectors;                  // of a tile at most
     std::int64_t chunks;
 };
 
-inline View view_of(const SkipShape &s) {
-    View v{s.c, s.kw, s.w, s.sw, s.pw, s.dw, up(s.c, WIDTH) * WIDTH, 0, false, 0, 0, 0};
+// in_place: read x where it lies if its channels come in whole vectors.
+inline View view_of(const SkipShape &s, bool in_place) {
+    View v{s.c, s.kw, s.w, s.sw, s.pw, s.dw, up(s.c, WIDTH) * WIDTH, 0, false, false, 0, 0, 0};
     std::int64_t inside = 0;
     for (std::int64_t x = 0; x < s.ow; ++x) {
         std::int64_t first, end;
@@ -37,7 +39,8 @@ inline View view_of(const SkipShape &s) {
         inside += end - first;
     }
     v.merged = s.c % WIDTH != 0 && s.dw == 1;
-    const bool padded = s.pw > 0 && (v.merged || s.ow * s.kw * 8 <= inside * 9);
+    v.in_place = in_place && s.c % WIDTH == 0;
+    const bool padded = !v.in_place && s.pw > 0 && (v.merged || s.ow * s.kw * 8 <= inside * 9);
     if (padded) {
         v.pw = 0;
         v.w = s.w + 2 * s.pw;
@@ -50,7 +53,7 @@ inline View view_of(const SkipShape &s) {
     v.taps = static_cast<int>(up(v.kw, up(v.kw, MAX_TAPS)));
     v.vectors = vectors_of(v.channels / WIDTH, v.taps, MAX_VECTORS);
     v.chunks = up(v.channels / WIDTH, v.vectors);
-    v.pitch = v.merged ? s.c : v.vectors * WIDTH;
+    v.pitch = v.merged || v.in_place ? s.c : v.vectors * WIDTH;
     return v;
 }
 
@@ -59,6 +62,11 @@ struct Source {
     const float *base;               // row 0 of the first image, whether or not it is there
     std::int64_t line, image, chunk;  // floats from row to row, image to image, and chunk to chunk
 };
+
+// Rows of images where they lie.
+inline Source lying(const float *x, const SkipShape &s, const View &v) {
+    return {x, s.w * s.c, s.h * s.w * s.c, v.vectors * WIDTH};
+}
 
 // Copies rows [top, bottom) of images.
 template <class T>
@@ -148,7 +156,7 @@ struct WeightJob {
         const std::int64_t room = images * rows * s.ow, tail = v.channels;  // a tile of few channels reads beyond the end
         const std::int64_t most_rows = (rows - 1) * s.sh + reach + 1;
         const std::int64_t copied = images * (v.merged ? most_rows : least(s.h, most_rows)) * v.w * v.pitch * (v.merged ? 1 : v.chunks);
-        const Scratch<float> copy(copied + tail);
+        const Scratch<float> copy(v.in_place ? 0 : copied + tail);
         const Scratch<Entry> entries(16 * room);
         const Scratch<std::int32_t> starts(n_classes * (rows + 1) * 16), flat(images * s.ow * 16 + 16);
         const Scratch<float> values(images * s.ow * 16 + 16);
@@ -161,7 +169,9 @@ struct WeightJob {
                     top = least(s.h, most(0, top));
                     bottom = most(top, least(s.h, bottom));
                 }
-                const Source source = source_of(x + image * s.h * s.w * s.c, copy.get(), here, top, bottom, s, v);
+                const T *from = x + image * s.h * s.w * s.c;
+                const Source source = v.in_place ? lying(reinterpret_cast<const float *>(from), s, v)
+                                                 : source_of(from, copy.get(), here, top, bottom, s, v);
                 if (v.merged) std::memset(copy.get() + here * source.image, 0, static_cast<std::size_t>(tail) * sizeof(float));
                 for (std::int64_t o = o0; o < o1; o += 16) {
                     list_channels(g + image * s.oh * s.ow * s.o, o, here, y0, y1, s, v, source, classes, n_classes,
@@ -210,8 +220,10 @@ struct WeightJob {
 
 template <class T>
 void grad_weight(const T *g, const T *x, float *gw, const SkipShape &s, int threads) {
-    const View v = view_of(s);
-    const std::int64_t pixels = s.oh * s.ow, filter = s.kh * v.kw * v.channels, weights = s.o * filter;
+    const std::int64_t pixels = s.oh * s.ow;
+    const double dense = density(g, s.n * pixels * s.o);
+    const View v = view_of(s, sizeof(T) == sizeof(float) && dense * static_cast<double>(s.n * pixels) < 160);
+    const std::int64_t filter = s.kh * v.kw * v.channels, weights = s.o * filter;
 
     const Scratch<Columns> classes(s.ow);
     std::int64_t n_classes = 0;
@@ -225,7 +237,6 @@ void grad_weight(const T *g, const T *x, float *gw, const SkipShape &s, int thre
 
     // a block's x should stay in the first cache while each list passes, unless the lists are then too short to pay for
     // loading and storing the sums
-    const double dense = density(g, s.n * pixels * s.o);
     const std::int64_t cached = 32 * 1024 / (v.vectors * WIDTH * 4);
     const std::int64_t enough = static_cast<std::int64_t>(24 / (dense > 1e-3 ? dense : 1e-3));
     std::int64_t wanted = most(cached, enough);
