@@ -222,7 +222,9 @@ template <class T>
 void grad_weight(const T *g, const T *x, float *gw, const SkipShape &s, int threads) {
     const std::int64_t pixels = s.oh * s.ow;
     const double dense = density(g, s.n * pixels * s.o);
-    const View v = view_of(s, sizeof(T) == sizeof(float) && dense * static_cast<double>(s.n * pixels) < 160);
+    // x in place: all of it in the second cache, and each number used a few times (measured as above)
+    const bool few = s.n * s.h * s.w * s.c <= (1 << 18) && dense * static_cast<double>(s.n * pixels) < 160;
+    const View v = view_of(s, sizeof(T) == sizeof(float) && few);
     const std::int64_t filter = s.kh * v.kw * v.channels, weights = s.o * filter;
 
     const Scratch<Columns> classes(s.ow);
