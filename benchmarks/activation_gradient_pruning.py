@@ -305,6 +305,10 @@ def claims_of(
         both = ratios[f"strong, p={p}"]["ratio"] / ratios["strong"]["ratio"]
         what = f"step of alexnet, batch 128, bf16 beside it, over bf16 alone, p={p}"
         claims.append(claim(NAME, what, f"{both:.2f}x"))
+    loop = ratios["fp32, plain"]["ratio"]  # channels last is the slower layout for float32 here
+    for arm in ("fp32, p=0", "fp32, p=0.99", "strong, p=0"):
+        what = f"step of alexnet, batch 128, {arm}, over a plain loop in float32 without channels_last"
+        claims.append(claim(NAME, what, f"{ratios[arm]['ratio'] / loop:.2f}x"))
     means = {arm: statistics.mean(run["accuracy"] for run in runs) for arm, runs in table.items()}
     for arm in ("bf16-p0", "p0.9", "p0.99", "p0.9-strips") if table else ():
         exact = means["fp32"] if arm not in ONCE else table["fp32"][0]["accuracy"]

@@ -63,7 +63,7 @@ BATCHES = (128, 64)
 EARLY, FINE = 0.35, 0.20
 AIMS = {"early": 3.0, "fine": 2.0}
 SECONDS = 20.0
-RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (50_000, 3.0, 0.02), "vgg19": (12_800, 3.0, 0.05)}
+RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (12_800, 3.0, 0.02), "vgg19": (12_800, 2.0, 0.05)}
 """Images, epochs and learning rate of whole training."""
 NETS = (("alexnet", 128), ("vgg19", 64), ("cifarnet", 128), ("resnet18", 64), ("resnet20", 128))
 """Networks and batches of whole steps."""
@@ -391,7 +391,6 @@ def arms(name: str, epochs: float, lr: float) -> list[Arm]:
     found = [
         Arm("float32", recipe, (plain,), "baseline", "float32, NHWC"),
         Arm("strong", recipe, (fast,), "strong", "strong (bf16, NHWC)"),
-        Arm("strong-0.7", recipe.scaled(0.7), (fast,), "control", "strong, 70% of its epochs", 0.7),
         Arm("reuse-float32", recipe, (plain, AdaptiveDeepReuse()), "method", "S2, float32"),
         Arm("reuse-paper", recipe, (plain, paper), "method", "S2, float32, the paper's settings"),
     ]
@@ -407,8 +406,6 @@ def arms(name: str, epochs: float, lr: float) -> list[Arm]:
             Arm("both-float32", recipe, (plain, *both()), "stack", "output reused, zeros skipped, float32"),
             Arm("both-bf16", recipe, (fast, *both()), "stack", "output reused, zeros skipped, bf16"),
         ]
-    if name == "vgg19":
-        found.append(Arm("reuse-bf16", recipe, (fast, AdaptiveDeepReuse()), "method", "S2, bf16"))
     if name == "cifarnet":
         s1 = AdaptiveDeepReuse(strategy="S1", kernel="native")
         s3 = AdaptiveDeepReuse(strategy="S3", scope="across_batch", kernel="native")
