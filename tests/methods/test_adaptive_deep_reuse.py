@@ -604,6 +604,27 @@ def test_the_probe_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize(("answers", "asked"), [("dd" + "n" * 9, 3), ("d" * 9, 4)])
+def test_a_layer_that_found_no_rung_looks_again(
+    answers: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hasten.kernels import probe
+
+    told = iter(answers)
+    count = []
+
+    def choose(key: str, ways: Any, **_: Any) -> str:
+        count.append(key)
+        return {"d": "dense", "n": "native"}[next(told)]
+
+    monkeypatch.setattr(probe, "choose", choose)
+    model = network(c=64, o=64)
+    s = session(model, kernel="auto", max_error=1.0, patience_epochs=100)
+    train(s, range(6))
+    assert len(count) == asked
+    assert model[2].plan.exact == ("n" not in answers)
+
+
 def test_a_cost_that_is_too_high_leaves_the_layer_dense() -> None:
     model = network()
     s = session(model, strategy="S1", length=16, bits=32, kernel="auto", max_rho=0.5, overhead=0.0)

@@ -23,6 +23,7 @@ from hasten.methods.products.reuse_ladder import DENSE, Measured, Rung, ladder, 
 from hasten.products import Geometry, Saved, arithmetic
 
 Way = Literal["auto", "native", "dense"]
+TRIES = 3  # epochs at whose start a layer that has found no rung yet looks again (our choice)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class LayerReuse:
         self.rung = options[0]
         self.due: Literal["", "start", "finer"] = "start"
         self.limit = how.max_error
-        self.moved = 0
+        self.moved = self.tries = 0
         self.reuse_rows = how.scope == "across_batch"
         self.ladder: list[Measured] = []
         self.reason = ""
@@ -142,7 +143,7 @@ class LayerReuse:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold; V is a function of the run's seed and is not needed."""
         return {
-            "rung": [*self.rung], "due": self.due, "limit": self.limit, "moved": self.moved, "reuse_rows": self.reuse_rows,
+            "rung": [*self.rung], "due": self.due, "limit": self.limit, "moved": self.moved, "tries": self.tries, "reuse_rows": self.reuse_rows,
             "ladder": [m.row() for m in self.ladder], "reason": self.reason, "calls": self.calls,
             "remaining": self.remaining, "gradients": self.gradients, "memory": self.memory.state(),
         }  # fmt: skip
@@ -151,11 +152,28 @@ class LayerReuse:
         """Take back what `state` gave."""
         self.rung = Rung(*state["rung"])
         self.ladder = [Measured.of_row(row) for row in state["ladder"]]
-        for name in ("due", "limit", "moved", "reuse_rows", "reason", "calls", "remaining", "gradients"):
+        for name in (
+            "due",
+            "limit",
+            "moved",
+            "tries",
+            "reuse_rows",
+            "reason",
+            "calls",
+            "remaining",
+            "gradients",
+        ):
             setattr(self, name, state[name])
         self.memory.load(state["memory"])
 
     # -- choosing the rung
+    def try_again(self) -> None:
+        """Have a layer that found no rung at first choose anew: activations of a new network soon change."""
+        idle = self.rung == DENSE and not self.due and not self.moved and self.how.kernel != "dense"
+        if idle and self.tries < TRIES:
+            self.tries += 1
+            self.due = "start"
+
     def measure(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> list[Measured]:
         """Return what every candidate costs and errs on this input."""
         exact = arithmetic.output(x, w, bias, geometry).float()
