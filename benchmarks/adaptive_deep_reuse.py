@@ -63,7 +63,7 @@ BATCHES = (128, 64)
 EARLY, FINE = 0.35, 0.20
 AIMS = {"early": 3.0, "fine": 2.0}
 SECONDS = 20.0
-RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (12_800, 3.0, 0.02), "vgg19": (12_800, 2.0, 0.05)}
+RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (6_400, 3.0, 0.02), "vgg19": (6_400, 2.0, 0.05)}
 """Images, epochs and learning rate of whole training."""
 NETS = (("alexnet", 128), ("vgg19", 64), ("cifarnet", 128), ("resnet18", 64), ("resnet20", 128))
 """Networks and batches of whole steps."""

@@ -436,8 +436,8 @@ def test_cost_model() -> None:
     assert rho(rung, 256, 0.1, 2.0, taps=9) < rho(rung, 256, 0.1, 2.0)
     some = {len(p): rho(rung, 256, 0.1, 2.0, reused=p) for p in (PRODUCTS[:1], PRODUCTS[::2], PRODUCTS)}
     assert some[3] == rho(rung, 256, 0.1, 2.0)
-    assert some[2] == pytest.approx((16 / 256 + 0.2 + 4 / 32 + 1 / 256 + 1) / 3)
-    assert some[1] == pytest.approx((16 / 256 + 0.1 + 2 / 32 + 1 / 256 + 2) / 3)
+    assert some[2] == pytest.approx((16 / 256 + 0.2 + 4 / 32 + 1 / 256) / 2)
+    assert some[1] == pytest.approx(16 / 256 + 0.1 + 2 / 32 + 1 / 256)
 
 
 def test_candidates_divide_the_channels() -> None:
@@ -516,7 +516,7 @@ def test_the_ladder_is_climbed_to_the_dense_layer() -> None:
     assert rungs[0] == rungs[1], "the first epoch only sets the mark"
     assert rungs[-1] == DENSE
     assert len(dict.fromkeys(rungs)) == 4, "three rungs and the dense layer"
-    assert errors == sorted(errors, reverse=True)
+    assert all(b < 1.01 * a for a, b in zip(errors, errors[1:], strict=False))
     moves = s.witness()[NAME]["moves"]
     assert moves == 3
     assert model[2].plan.exact
@@ -604,9 +604,9 @@ def test_the_probe_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("answers", "asked"), [("dd" + "n" * 9, 3), ("d" * 9, 4)])
-def test_a_layer_that_found_no_rung_looks_again(
-    answers: str, asked: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("answers", ["ddnn", "dddd"])
+def test_the_first_rung_is_chosen_anew_for_three_epochs(
+    answers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hasten.kernels import probe
 
@@ -621,7 +621,7 @@ def test_a_layer_that_found_no_rung_looks_again(
     model = network(c=64, o=64)
     s = session(model, kernel="auto", max_error=1.0, patience_epochs=100)
     train(s, range(6))
-    assert len(count) == asked
+    assert len(count) == 4
     assert model[2].plan.exact == ("n" not in answers)
 
 

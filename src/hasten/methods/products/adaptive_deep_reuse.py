@@ -58,8 +58,8 @@ class AdaptiveDeepReuse(Method):
         for the prediction of cost (our choice: 2.5 and 20, fitted to measured times; 1 and 0 count operations alone).
     max_rho: settings predicted or measured to cost this share of dense or more are not used (our choice: 0.9).
     max_error: largest relative error of a layer's output S2 begins with (our choice: 0.2).
-    rungs: rungs of the ladder at most, without the dense one (our choice: 4). A layer that finds none on its first batch
-        looks again at the start of the next three epochs.
+    rungs: rungs of the ladder at most, without the dense one (our choice: 4). The first is chosen anew at the
+        start of the next three epochs, for the activations of a new network have little in common with later ones.
     decay, improvement, patience_epochs: the loss has stopped falling when its moving average (0.98) has not improved by
         0.005 of itself in an epoch (our choice).
     dense_share: share of the run at its end that is exact (our choice: 0.1); batch norm's running statistics, whose

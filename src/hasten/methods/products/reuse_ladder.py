@@ -5,8 +5,8 @@ where pixels' pieces are clustered, 1 where those of the unfolded input are) and
 
     rho = ( H / (T M) + 3 r_c + 2 a / L + 2 / (T M) ) / 3 + overhead / M
 
-The last term is ours: what reading, laying out and writing the tensors costs beside the arithmetic. A
-product that stays dense counts 1 in place of its r_c, and its share of the other terms is left out.
+The last term is ours: what reading, laying out and writing the tensors costs beside the arithmetic. Where
+some products stay dense, both costs are those of the others: r_c and a / L count once for each of their passes.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def rho(
     overhead: float = 0.0,
     reused: Sequence[str] = PRODUCTS,
 ) -> float:
-    """Return the predicted cost of the three products over that of the dense ones (multiply-adds: derived, not measured).
+    """Return the predicted cost of ``reused`` over that of the same products when dense (multiply-adds: derived).
 
     reused: those of `PRODUCTS` that are computed from clusters; "output" is one of them.
     """
     gathers = 1 + (len(reused) > 1)  # the sums of grad_output serve both gradients
     passes = 1 + ("grad_input" in reused)
     adds = (rung.bits + passes) / (taps * outputs) + len(reused) * remaining + gathers * a / rung.length
-    return (adds + 3 - len(reused) + len(reused) * overhead / outputs) / 3
+    return adds / len(reused) + overhead / outputs
 
 
 def divisors(n: int) -> list[int]:

@@ -23,7 +23,7 @@ from hasten.methods.products.reuse_ladder import DENSE, Measured, Rung, ladder, 
 from hasten.products import Geometry, Saved, arithmetic
 
 Way = Literal["auto", "native", "dense"]
-TRIES = 3  # epochs at whose start a layer that has found no rung yet looks again (our choice)
+TRIES = 3  # epochs after the first at whose start a layer chooses its first rung anew (our choice)
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,12 @@ class LayerReuse:
 
     # -- choosing the rung
     def try_again(self) -> None:
-        """Have a layer that found no rung at first choose anew: activations of a new network soon change."""
-        idle = self.rung == DENSE and not self.due and not self.moved and self.how.kernel != "dense"
-        if idle and self.tries < TRIES:
-            self.tries += 1
-            self.due = "start"
+        """Have the layer choose its first rung anew, `TRIES` times at most: activations of a new network soon change."""
+        settled = self.rung != DENSE and len(self.options) == 1
+        if settled or self.due or self.moved or self.how.kernel == "dense" or self.tries >= TRIES:
+            return
+        self.tries += 1
+        self.due, self.limit = "start", self.how.max_error
 
     def measure(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> list[Measured]:
         """Return what every candidate costs and errs on this input."""
