@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -516,7 +517,7 @@ def test_the_ladder_is_climbed_to_the_dense_layer() -> None:
     assert rungs[0] == rungs[1], "the first epoch only sets the mark"
     assert rungs[-1] == DENSE
     assert len(dict.fromkeys(rungs)) == 4, "three rungs and the dense layer"
-    assert all(b < 1.01 * a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < 1.01 * a for a, b in itertools.pairwise(errors))
     moves = s.witness()[NAME]["moves"]
     assert moves == 3
     assert model[2].plan.exact
