@@ -156,7 +156,7 @@ def accuracy(smoke: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     arms = [base, *controls(base, (0.9,))]
     arms += [Arm(name, base.recipe, (*base.methods, variant), "method") for name, variant in variants.items()]
     cut = {"train": TRAIN, "test": TEST}
-    finished = to_accuracy(NAME, "resnet20", cifar10(), arms, seeds=SEEDS, target="strong", smoke=smoke, **({} if smoke else cut))  # fmt: skip
+    finished = to_accuracy(f"{NAME}-resnet20", "resnet20", cifar10(), arms, seeds=SEEDS, target="strong", smoke=smoke, **({} if smoke else cut))  # fmt: skip
     rows = {arm["name"]: arm for arm in finished.data["arms"]}
     exact = rows["float32"]["accuracy"]["mean"]
     claims = []
