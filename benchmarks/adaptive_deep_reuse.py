@@ -63,7 +63,7 @@ BATCHES = (128, 64)
 EARLY, FINE = 0.35, 0.20
 AIMS = {"early": 3.0, "fine": 2.0}
 SECONDS = 20.0
-RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (6_400, 3.0, 0.02), "vgg19": (6_400, 2.0, 0.05)}
+RUNS = {"alexnet": (50_000, 4.0, 0.02), "cifarnet": (6_400, 3.0, 0.02), "vgg19": (12_800, 3.0, 0.05)}
 """Images, epochs and learning rate of whole training."""
 NETS = (("alexnet", 128), ("vgg19", 64), ("cifarnet", 128), ("resnet18", 64), ("resnet20", 128))
 """Networks and batches of whole steps."""
@@ -185,7 +185,7 @@ def cases(name: str, batches: tuple[int, ...], smoke: bool) -> list[Case]:
 def how(**changes: Any) -> How:
     """Return the method's own settings."""
     m = AdaptiveDeepReuse()
-    given = {"key": (0, NAME), "order": m.order, "scope": m.scope, "norm": True, "center": False, "products": PRODUCTS, "a": m.a, "overhead": m.overhead,
+    given = {"key": (0, NAME), "order": m.order, "scope": m.scope, "norm": m.scale == "norm", "center": m.center_hash, "products": PRODUCTS, "a": m.a, "overhead": m.overhead,
              "max_rho": m.max_rho, "max_error": m.max_error, "rungs": m.rungs, "max_age": m.cr_max_age, "kernel": "native"}  # fmt: skip
     return How(**{**given, **changes})
 

@@ -178,15 +178,30 @@ def means_of(found: Clusters, x: Tensor) -> Tensor:
 
 
 @each_isa
-def test_thresholds_move_the_hashes(isa: str) -> None:
+@pytest.mark.parametrize("norm", [False, True])
+def test_thresholds_move_the_hashes(isa: str, norm: bool) -> None:
     x, v, *_ = make("plain")
     shift = torch.arange(12.0).view(2, 6) / 8 - 0.5
+    pieces = reference.pixel_pieces(x, 16)
     with instruction_set(isa):
-        got = Clusters(*deep_reuse_cluster(x, v, shift, 1, False))
-    expected = reference.cluster(reference.pixel_pieces(x, 16), v, shift, 1, False)
-    same_clusters(got, expected)
-    plain = by_reference("plain", x, v)
+        got = Clusters(*deep_reuse_cluster(x, v, shift, 1, norm))
+    same_clusters(got, reference.cluster(pieces, v, shift, 1, norm))
+    plain = reference.cluster(pieces, v, None, 1, norm)
     assert not torch.equal(got.ids, plain.ids)
+
+
+@each_isa
+def test_thresholds_of_unit_vectors_do_not_see_lengths(isa: str) -> None:
+    x, v, *_ = make("plain")
+    shift = torch.arange(12.0).view(2, 6) / 8 - 0.5
+    longer = x * 2.0 ** torch.arange(4.0).view(4, 1, 1, 1)
+    with instruction_set(isa):
+        a, b = (Clusters(*deep_reuse_cluster(each, v, shift, 1, True)) for each in (x, longer))
+    assert torch.equal(a.ids, b.ids)
+    unit = functional.normalize(reference.pixel_pieces(x, 16), dim=-1)
+    expected = reference.hashes(unit.double(), v, shift)
+    keys = a.keys.gather(1, a.ids.long()).long()
+    assert (keys != expected)[unit.any(-1)].double().mean() < 1e-2
 
 
 def test_results_do_not_depend_on_threads() -> None:

@@ -468,6 +468,37 @@ def test_ladder_is_the_front_from_coarse_to_fine() -> None:
     assert step_finer(front, 0.15, 3) == DENSE
 
 
+@pytest.mark.parametrize("limit", [0.1, 0.25, 0.4, 0.6, 0.001])
+def test_a_search_finds_the_rung_that_measuring_all_would(limit: float) -> None:
+    model = network(c=64, o=64)
+    s = session(model, strategy="S2", overhead=0.0)
+    layer = s.methods[0].layers_["2"]  # type: ignore[attr-defined]
+    x = functional.avg_pool2d(rand(16, 64, 8, 8).relu(), 3, 1, 1)
+    given = (x, model[2].weight.detach(), None, _geometry())
+    everything, some = layer.measure(*given), layer.measure(*given, limit)
+    assert set(some) < set(everything)
+    assert len(some) <= 4 * len({m.rung.length for m in everything})
+    best, found = (ladder(each, 10.0, limit)[:1] for each in (everything, some))
+    assert found == best
+    assert bool(best) == (limit > 0.2)
+
+
+@pytest.mark.parametrize("order", ["pixel", "patch"])
+@pytest.mark.parametrize("scale", ["none", "norm"])
+def test_centred_hashes_err_less_on_rectified_inputs(order: str, scale: str) -> None:
+    errors = {}
+    for center in (False, True):
+        model = network()
+        s = session(model, strategy="S1", length=16, bits=8, order=order, scale=scale, center_hash=center)
+        x = functional.avg_pool2d(rand(20, 32, 8, 8).relu(), 3, 1, 1)
+        with torch.no_grad():
+            exact = functional.conv2d(x, model[2].weight, model[2].bias, 1, 1)
+            model.train()
+            errors[center] = error(model[2](x), exact)
+        assert s.witness()[NAME]["outputs"] > 0
+    assert errors[True] < 0.9 * errors[False]
+
+
 def test_plateau_fires_on_a_flat_loss_only() -> None:
     flat, falling = Plateau(), Plateau()
     noise = rand(600).tolist()
@@ -683,7 +714,7 @@ def test_another_kernel_or_selection_of_the_layer_is_refused() -> None:
     [{"bits": 0}, {"bits": 33}, {"length": 0}, {"strategy": "S4"}, {"order": "row"}, {"scope": "world"}, {"scale": "l2"},
      {"kernel": "fast"}, {"bit_counts": ()}, {"bit_counts": (40,)}, {"rungs": 0}, {"a": 0.0}, {"max_rho": 0.0},
      {"decay": 1.0}, {"dense_share": 1.0}, {"strategy": "S3"}, {"scope": "across_batch", "center_hash": True},
-     {"scope": "across_batch", "order": "patch"}, {"center_hash": True, "scale": "norm"}, {"patience_epochs": 0}],
+     {"scope": "across_batch", "order": "patch"}, {"patience_epochs": 0}],
 )  # fmt: skip
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):

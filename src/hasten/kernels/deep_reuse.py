@@ -58,8 +58,8 @@ def deep_reuse_cluster(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the `Clusters` of x (B, C, H, W) in pieces of L channels, by the hash vectors v (L, H).
 
-    shift (C / L, H): thresholds of the projections, or None for 0. groups: equal parts of the batch that share no
-    clusters. norm: cluster unit vectors. Rows beyond those in use are undefined. Raises UnsupportedError for sizes that
+    shift (C / L, H): thresholds of the projections, or None for 0; with ``norm`` of those of unit vectors. groups: equal
+    parts of the batch that share no clusters. norm: cluster unit vectors. Rows beyond those in use are undefined. Raises UnsupportedError for sizes that
     do not fit, NonFiniteError for infinite values and NaN.
     """
     return _by_reference(x, v, shift, groups, norm)

@@ -48,9 +48,10 @@ inline uint32_t above(const V &x, const V &y) {  // bit j: x[j] > y[j]
 #endif
 }
 
-// Hashes of TOGETHER pieces of `length` floats each.
+// Hashes of TOGETHER pieces of `length` floats each; the thresholds `shift` are those of pieces of length 1.
 template <int VECTORS>
-inline void hashes(const float *pieces, int64_t length, const float *v, const float *shift, uint32_t keep, uint32_t *out) {
+inline void hashes(const float *pieces, int64_t length, const float *v, const float *shift, const float *norm, uint32_t keep,
+                   uint32_t *out) {
     V sum[TOGETHER][VECTORS];
     for (int i = 0; i < TOGETHER; ++i)
         for (int k = 0; k < VECTORS; ++k) sum[i][k] = all(0.0F);
@@ -65,7 +66,7 @@ inline void hashes(const float *pieces, int64_t length, const float *v, const fl
     for (int i = 0; i < TOGETHER; ++i) {
         uint32_t bits = 0;
         for (int k = 0; k < VECTORS; ++k)
-            bits |= above(sum[i][k], shift != nullptr ? load(shift + 16 * k) : all(0.0F)) << (16 * k);
+            bits |= above(sum[i][k], shift != nullptr ? load(shift + 16 * k) * all(norm[i]) : all(0.0F)) << (16 * k);
         out[i] = bits & keep;
     }
 }
@@ -84,7 +85,8 @@ bool hash_pieces(const X *x, const float *v, const float *shift, const DeepReuse
     const float *limit = shift != nullptr ? shift + block * 32 : nullptr;
     float *pieces = room<float>(TOGETHER * length);
     std::memset(pieces, 0, sizeof(float) * static_cast<std::size_t>(TOGETHER * length));
-    float wrong = 0.0F;
+    float wrong = 0.0F, norms[TOGETHER];
+    for (float &norm : norms) norm = 1.0F;
     for (int64_t p = begin; p < end; p += TOGETHER) {
         const int64_t here = end - p < TOGETHER ? end - p : TOGETHER;
         for (int64_t i = 0; i < here; ++i) {
@@ -107,14 +109,14 @@ bool hash_pieces(const X *x, const float *v, const float *shift, const DeepReuse
                 for (int64_t l = 0; l < length; ++l) square += piece[l] * piece[l];
                 const float norm = std::sqrt(square);
                 empty[first + p + i] |= !(norm > 0.0F);
-                to.scale[first + p + i] = norm > 0.0F ? norm : 1.0F;
+                to.scale[first + p + i] = norms[i] = norm > 0.0F ? norm : 1.0F;
             }
         }
         uint32_t hash[TOGETHER];
         if (of.bits > 16) {
-            hashes<2>(pieces, length, v, limit, keep, hash);
+            hashes<2>(pieces, length, v, limit, norms, keep, hash);
         } else {
-            hashes<1>(pieces, length, v, limit, keep, hash);
+            hashes<1>(pieces, length, v, limit, norms, keep, hash);
         }
         std::memcpy(to.ids + first + p, hash, sizeof(uint32_t) * static_cast<std::size_t>(here));
     }

@@ -26,6 +26,7 @@ def _hash(
     channels,
     length,
     bits,
+    SCALED: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +44,8 @@ def _hash(
         square += value * value
         largest = tl.maximum(largest, tl.abs(value))
     limit = tl.load(shift + block * bits + j, j < bits, other=0.0)
-    one = (total > limit[None, :]) & (j < bits)[None, :]
+    limits = limit[None, :] * (tl.sqrt(square)[:, None] if SCALED else 1.0)
+    one = (total > limits) & (j < bits)[None, :]
     weight = tl.full((H,), 1, tl.int64) << tl.maximum(bits - 1 - j, 0).to(tl.int64)
     hashed = tl.sum(tl.where(one, weight[None, :], 0), axis=1)
     at = block.to(tl.int64) * n + i
@@ -153,7 +155,7 @@ def cluster(x: Tensor, v: Tensor, shift: Tensor | None, groups: int, norm: bool)
     limit = torch.zeros(blocks, bits, device=device) if shift is None else shift.float().contiguous()
     _hash[(triton.cdiv(n, 64), blocks)](
         line, v.float().contiguous(), limit, key, empty, norms, n, channels, length, bits,
-        L=triton.next_power_of_2(length), H=max(16, triton.next_power_of_2(bits)), BLOCK=64,
+        SCALED=norm, L=triton.next_power_of_2(length), H=max(16, triton.next_power_of_2(bits)), BLOCK=64,
     )  # fmt: skip
     nothing = (empty != 0) | ((norms == 0) if norm else False)
     scale = torch.where(nothing, 1.0, norms) if norm else norms.new_empty(0)

@@ -41,14 +41,16 @@ class Clusters(NamedTuple):
         return self.starts[:, -1]
 
 
-def hashes(pieces: Tensor, v: Tensor, shift: Tensor | None = None) -> Tensor:
+def hashes(pieces: Tensor, v: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Return the hash of each piece, int64 in [0, 2**H): bit j is ``(piece @ v)[j] > shift[j]``, the first bit highest.
 
     pieces (blocks, n, L), v (L, H), shift (blocks, H) or None for zeros (from the paper: strict, so that 0 gives 0).
+    scale (blocks, n): lengths of the pieces where ``shift`` is for pieces of length 1.
     """
     projected = pieces @ v.to(pieces.dtype)
     if shift is not None:
-        projected = projected - shift.to(pieces.dtype)[:, None]
+        limit = shift.to(pieces.dtype)[:, None]
+        projected = projected - (limit if scale is None else limit * scale[..., None])
     bits = v.shape[1]
     value = 1 << torch.arange(bits - 1, -1, -1, device=pieces.device)
     return ((projected > 0) * value).sum(-1)
@@ -57,16 +59,16 @@ def hashes(pieces: Tensor, v: Tensor, shift: Tensor | None = None) -> Tensor:
 def cluster(pieces: Tensor, v: Tensor, shift: Tensor | None, groups: int, norm: bool) -> Clusters:
     """Return the clusters of ``pieces`` (blocks, n, L): equal hashes in one block and one of ``groups`` equal parts of n.
 
-    norm: cluster unit vectors and keep the lengths. Rows are numbered in the order of first appearance.
+    norm: cluster unit vectors, for which ``shift`` is then, and keep the lengths. Rows are numbered in the order of first appearance.
     """
     blocks, n, length = pieces.shape
     capacity, each, device = n + groups, n // groups, pieces.device
     dtype = pieces.dtype if pieces.dtype == torch.float64 else torch.float32
     pieces = pieces.to(dtype)
-    key = hashes(pieces, v, shift)
     scale = torch.linalg.vector_norm(pieces, dim=-1) if norm else pieces.new_ones(blocks, n)
     empty = (pieces == 0).all(-1) | ((scale == 0) if norm else False)
     scale = torch.where(empty, 1.0, scale)
+    key = hashes(pieces, v, shift, scale)
     ids = torch.zeros(blocks, n, dtype=torch.int64, device=device)
     keys = torch.zeros(blocks, capacity, dtype=torch.int64, device=device)
     starts = torch.zeros(blocks, groups + 1, dtype=torch.int64, device=device)

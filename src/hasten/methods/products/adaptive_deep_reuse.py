@@ -42,7 +42,7 @@ class AdaptiveDeepReuse(Method):
     length, bits: L, the channels in a piece, and H, the bits of its hash, for S1 and S3 (from the paper: L 3 to 288, H
         up to 32; 32 and 16 are our choice).
     lengths, bit_counts: what S2 tries (our choice: the divisors of the channels that are multiples of 16, and 6, 8, 10,
-        12, 16, 20, 24, 32: one hash serves all taps). In order "patch" the multiples of the kernel's width.
+        12, 14, 16, 18, 20, 24, 32: one hash serves all taps). In order "patch" the multiples of the kernel's width.
     order: "pixel" cuts the channels of each input pixel into pieces, which all taps of the kernel share (our choice: it
         needs no unfolding, kh * kw times fewer hashes, and is what the kernels compute); "patch" cuts the unfolded
         input in the order (c, kh, kw) as the paper does, by the reference: for study, it is slower than no method.
@@ -52,7 +52,8 @@ class AdaptiveDeepReuse(Method):
         half to a fifth of the groups); with "none" a piece and ten times it share a group's mean, as in the paper.
     products: what is computed from groups; the rest is exact, or another method's. In the paper all three; without
         "grad_input" is our choice, for the mean gradient of a group has little to do with that of a member.
-    center_hash: subtract the batch's mean of each channel before hashing (our option): less error, more groups.
+    center_hash: hash what remains of a piece when the mean piece of some of the batch's images is taken off; with "norm"
+        both are unit vectors (our option).
     pad_last_block: append zero channels where L does not divide them; exact, at the cost of a copy (our option).
     a, overhead: cost of an add of the gather, and of moving the tensors for one output of one position, in multiply-adds,
         for the prediction of cost (our choice: 2.5 and 20, fitted to measured times; 1 and 0 count operations alone).
@@ -77,7 +78,7 @@ class AdaptiveDeepReuse(Method):
     length: int = 32
     bits: int = 16
     lengths: tuple[int, ...] = ()
-    bit_counts: tuple[int, ...] = (6, 8, 10, 12, 16, 20, 24, 32)
+    bit_counts: tuple[int, ...] = (6, 8, 10, 12, 14, 16, 18, 20, 24, 32)
     order: Literal["pixel", "patch"] = "pixel"
     scope: Literal["image", "batch", "across_batch"] = "batch"
     scale: Literal["norm", "none"] = "norm"

@@ -23,6 +23,7 @@ from hasten.methods.products.reuse_ladder import DENSE, Measured, Rung, ladder, 
 from hasten.products import Geometry, Saved, arithmetic
 
 Way = Literal["auto", "native", "dense"]
+SEEN = 16  # images of a batch that thresholds are taken from, about (our choice)
 TRIES = 3  # epochs after the first at whose start a layer chooses its first rung anew (our choice)
 
 
@@ -83,9 +84,8 @@ class LayerReuse:
         try:
             if self.how.order == "pixel":
                 x = padded_channels(x, rung.length)
-                shift = None
-                if self.how.center:
-                    shift = x.float().mean((0, 2, 3)).view(-1, rung.length) @ v
+                few = x[:: max(1, len(x) // SEEN)]
+                shift = self.thresholds(reference.pixel_pieces(few, rung.length), v)
                 return Clusters(*kernels.deep_reuse_cluster(x, v, shift, groups, self.how.norm))
             if not bool(x.isfinite().all()):
                 raise NonFiniteError("deep_reuse got an input that is infinite or not a number.")
@@ -94,10 +94,17 @@ class LayerReuse:
                 x.float() if x.dtype == torch.bfloat16 else x, kernel, pair(geometry.stride), pair(geometry.padding),
                 rung.length,
             )  # fmt: skip
-            shift = pieces.mean(1) @ v.to(pieces.dtype) if self.how.center else None
-            return reference.cluster(pieces, v, shift, groups, self.how.norm)
+            return reference.cluster(pieces, v, self.thresholds(pieces, v), groups, self.how.norm)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {self.name!r}: {error}") from None
+
+    def thresholds(self, pieces: Tensor, v: Tensor) -> Tensor | None:
+        """Return (blocks, H): the projections of the mean of ``pieces`` (blocks, n, L), of unit vectors if ``norm``."""
+        if not self.how.center:
+            return None
+        pieces = pieces.to(torch.promote_types(pieces.dtype, torch.float32))
+        mean = (functional.normalize(pieces, dim=-1) if self.how.norm else pieces).mean(1)
+        return mean @ v.to(mean.dtype)
 
     def remaining_ratio(self, clusters: Clusters, rows: int) -> float:
         """Return r_c: clusters that need a product, over pieces of the unfolded input; ``rows`` is its N."""
@@ -175,29 +182,43 @@ class LayerReuse:
         self.tries += 1
         self.due, self.limit = "start", self.how.max_error
 
-    def measure(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> list[Measured]:
-        """Return what every candidate costs and errs on this input."""
+    def measure(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, enough: float | None = None
+    ) -> list[Measured]:
+        """Return what the candidates cost and err on this input.
+
+        enough: an error; of each L only what it takes to find the fewest bits that keep to it. More bits split groups,
+        so that errors fall and costs rise with H.
+        """
         exact = arithmetic.output(x, w, bias, geometry).float()
         size = float(torch.linalg.vector_norm(exact)) or 1.0
         rows = exact.numel() // exact.shape[1]
-        found = []
-        for rung in dict.fromkeys([*self.options, self.rung]):
-            if rung == DENSE:
-                continue
+
+        def one(rung: Rung) -> Measured:
             clusters = self.cluster(x, w, geometry, rung)
             y = self.output(clusters, x, w, bias, geometry).float()
             remaining = self.remaining_ratio(clusters, rows)
             error = float(torch.linalg.vector_norm(y - exact)) / size
-            cost = rho(
-                rung, self.outputs, remaining, self.how.a, self.taps, self.how.overhead, self.how.products
-            )
-            found.append(Measured(rung, remaining, error, cost))
+            how = self.how
+            cost = rho(rung, self.outputs, remaining, how.a, self.taps, how.overhead, how.products)
+            return Measured(rung, remaining, error, cost)
+
+        if enough is None:
+            return [one(rung) for rung in dict.fromkeys([*self.options, self.rung]) if rung != DENSE]
+        found = []
+        for length in dict.fromkeys(rung.length for rung in self.options):
+            able = sorted(rung for rung in self.options if rung.length == length)
+            while able:
+                found.append(one(able[len(able) // 2]))
+                middle = len(able) // 2
+                able = able[:middle] if found[-1].error <= enough else able[middle + 1 :]
         return found
 
     def choose(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
         """Measure, and set the rung that is due."""
         how, due = self.how, self.due
-        measured = self.measure(x, w, bias, geometry)
+        start = due == "start" and len(self.options) > 1
+        measured = self.measure(x, w, bias, geometry, self.limit if start else None)
         self.memory.clear()
         if len(self.options) == 1:  # a fixed setting: the errors are the user's choice
             self.ladder = [m for m in measured if m.rho < how.max_rho or how.kernel == "native"]

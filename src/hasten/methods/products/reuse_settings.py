@@ -61,8 +61,6 @@ def problems(of: AdaptiveDeepReuse) -> list[str]:
             "scope 'across_batch' needs hashes that mean the same in every batch and pixel pieces: not with "
             "center_hash=True or order='patch'."
         )
-    if of.center_hash and of.scale == "norm":
-        found.append("center_hash=True and scale='norm' are not combined; give one of them.")
     return found
 
 
