@@ -1,4 +1,4 @@
-"""Write docs/methods/NAME.md for every method, and the README's table: what the benchmarks measured.
+"""Write docs/methods/NAME.md for every method, and the README's tables: the methods, and what the benchmarks measured.
 
 Usage: python scripts/make_cards.py [--check]     (--check only tells whether the cards are up to date)
 """
@@ -62,7 +62,25 @@ def card(name: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-BEGIN, END = "<!-- measured: written by scripts/make_cards.py -->", "<!-- end of measured -->"
+def markers(what: str) -> tuple[str, str]:
+    """Return the lines around a part of the README that is written here."""
+    return f"<!-- {what}: written by scripts/make_cards.py -->", f"<!-- end of {what} -->"
+
+
+def methods() -> str:
+    """Return the README's table of the methods, those of one folder together."""
+    begin, end = markers("methods")
+    found = [registry.method_class(name) for name in registry.available()]
+    rows = sorted((cls.__module__.split(".")[-2], cls.spec.name, cls.spec) for cls in found)
+    lines = [begin, "| name | how | saves | in `src/hasten/methods` |", "|---|---|---|---|"]
+    lines += [
+        f"| [{name}](docs/methods/{name}.md) | {spec.acts} | {spec.saves} | `{room}` |"
+        for room, name, spec in rows
+    ]
+    return "\n".join([*lines, end])
+
+
+BEGIN, END = markers("measured")
 
 
 def results() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
@@ -126,7 +144,10 @@ def main() -> int:
             page.write_text(everything(), encoding="utf-8")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
-    new = old[: old.index(BEGIN)] + table() + old[old.index(END) + len(END) :]
+    new = old
+    for what, text in (("methods", methods()), ("measured", table())):
+        begin, end = markers(what)
+        new = new[: new.index(begin)] + text + new[new.index(end) + len(end) :]
     if new != old:
         stale.append("README.md")
         if "--check" not in sys.argv:

@@ -97,6 +97,26 @@ def test_memory_layouts(isa: str, layout: str) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1, 1)))
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 48, 4, 4), (2, 70, 1, 3), (1, 1, 20, 20)])
+def test_channels_are_normalised_on_the_way(
+    isa: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]
+) -> None:
+    x = layouts(rand(*shape).to(dtype))[layout]
+    scale, shift = 1 + rand(shape[1], seed=1).exp(), 3 * rand(shape[1], seed=2)
+    bits = widths(shape[0], 2, 5)
+    with instruction_set(isa), poisoned_memory():
+        codes, meta = group_quantize(x, bits, int(bits.sum()), 256, KEY, True, scale, shift)
+    by = (-1, 1, 1)
+    kept = torch.empty_like(sample_dense(x), dtype=torch.float32)
+    kept.copy_(x.double() * scale.double().view(by) + shift.double().view(by))
+    wanted, frame, _ = by_reference(kept, bits, 256, KEY, True)
+    assert torch.equal(codes, wanted)
+    assert torch.equal(meta.view(torch.int16), frame.view(torch.int16))
+
+
+@each_isa
 def test_odd_values(isa: str) -> None:
     nan, inf = math.nan, math.inf
     rows = [
@@ -214,6 +234,7 @@ def test_spread(isa: str, dtype: torch.dtype, d: int) -> None:
 def test_the_operators_are_well_formed() -> None:
     x, bits = rand(3, 4, 10, 10).contiguous(memory_format=torch.channels_last), widths(3, 1, 2, 5)
     torch.library.opcheck(group_quantize, (x, bits, 8, 256, 9, True))
+    torch.library.opcheck(group_quantize, (x, bits, 8, 256, 9, True, torch.ones(4), torch.zeros(4)))
     codes, meta = there(x, bits)
     torch.library.opcheck(group_dequantize, (codes, meta, bits, 256, x.shape, x.stride(), x.dtype))
     torch.library.opcheck(group_spread, (x, 256))
@@ -230,6 +251,10 @@ def test_what_is_refused() -> None:
         there(x[:0], bits[:0])
     with pytest.raises(UnsupportedError, match="int32"):
         there(x, bits.long())
+    one, more = torch.ones(512), torch.ones(511)
+    for scale, shift in ((one, None), (None, one), (one, more), (one.double(), one.double())):
+        with pytest.raises(UnsupportedError, match="or neither"):
+            group_quantize(x, bits, 4, 256, KEY, True, scale, shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

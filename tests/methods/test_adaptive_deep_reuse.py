@@ -476,9 +476,9 @@ def test_a_search_finds_the_rung_that_measuring_all_would(limit: float) -> None:
     x = functional.avg_pool2d(rand(16, 64, 8, 8).relu(), 3, 1, 1)
     given = (x, model[2].weight.detach(), None, _geometry())
     everything, some = layer.measure(*given), layer.measure(*given, limit)
-    assert set(some) < set(everything)
+    assert {m for m in some if m.error < math.inf} < set(everything)
     assert len(some) <= 4 * len({m.rung.length for m in everything})
-    best, found = (ladder(each, 10.0, limit)[:1] for each in (everything, some))
+    best, found = (ladder(each, 0.9, limit)[:1] for each in (everything, some))
     assert found == best
     assert bool(best) == (limit > 0.2)
 

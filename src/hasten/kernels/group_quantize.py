@@ -32,7 +32,9 @@ def sample_dense(x: Tensor) -> Tensor:
     return x if dense(first) is first else x.contiguous()
 
 
-def _checked(x: Tensor, bits: Tensor | None, group: int) -> Tensor:
+def _checked(
+    x: Tensor, bits: Tensor | None, group: int, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(
             f"group_quantize got {x.dtype}; allowed: float32, bfloat16, float16. Convert it first."
@@ -45,8 +47,22 @@ def _checked(x: Tensor, bits: Tensor | None, group: int) -> Tensor:
         raise UnsupportedError(
             f"group_quantize: bits are {bits.dtype} {tuple(bits.shape)}; allowed: int32 ({x.shape[0]},)."
         )
+    for name, each in (("scale", scale), ("shift", shift)):
+        fits = each is None or (x.dim() > 1 and each.shape == x.shape[1:2] and each.dtype == torch.float32)
+        if not fits or (scale is None) != (shift is None):
+            got = None if each is None else (each.dtype, tuple(each.shape))
+            raise UnsupportedError(
+                f"group_quantize: {name} is {got}; allowed: scale and shift, float32 (C,) for x (N, C, ...), or neither."
+            )
     x = sample_dense(x)
     return x.float() if x.dtype == torch.float16 else x
+
+
+def _together(x: Tensor) -> int | None:
+    """Return how many values of a channel lie together in a `sample_dense` x (N, C, ...), if channels take turns."""
+    if x[0].is_contiguous():
+        return x[0, 0].numel()
+    return 1 if x.stride(1) == 1 else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -64,49 +80,101 @@ def _empty(x: Tensor, total: int, group: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("hasten::group_quantize", mutates_args=())
 def group_quantize(
-    x: Tensor, bits: Tensor, total: int, group: int, key: int, stochastic: bool = True
+    x: Tensor,
+    bits: Tensor,
+    total: int,
+    group: int,
+    key: int,
+    stochastic: bool = True,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (codes, meta) of ``x`` (N, ...): stochastically rounded in groups of ``group`` values of one sample.
 
     x: float32, bfloat16 or float16, in any memory format; groups run along memory. bits: int32 (N,), 1 to 8 for
-    each sample, with the sum ``total``. key: 63 bits. codes: uint8, meta: bfloat16 (N, M, 2) with the lowest value
+    each sample, with the sum ``total``. key: 63 bits. scale, shift: float32 (C,), to pack ``x * scale + shift`` of the
+    channels of ``x`` (N, C, ...) in its place. codes: uint8, meta: bfloat16 (N, M, 2) with the lowest value
     and the step of each group. Not ``stochastic``: to the nearest, which is biased. A group with a value that is
     infinite or none comes back as NaN. Raises UnsupportedError for other dtypes, groups or shapes.
     """
-    x = _checked(x, bits, group)
+    return _by_torch(x, bits, group, key, stochastic, scale, shift)
+
+
+def _by_torch(
+    x: Tensor,
+    bits: Tensor,
+    group: int,
+    key: int,
+    stochastic: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    x = _checked(x, bits, group, scale, shift)
+    if scale is not None and shift is not None:
+        x = reference.normalised(x, scale, shift)
     return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
 
 
 @group_quantize.register_fake
 def _(
-    x: Tensor, bits: Tensor, total: int, group: int, key: int, stochastic: bool = True
+    x: Tensor,
+    bits: Tensor,
+    total: int,
+    group: int,
+    key: int,
+    stochastic: bool = True,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _empty(x, total, group)
 
 
 @group_quantize.register_kernel("cpu")
 def _(
-    x: Tensor, bits: Tensor, total: int, group: int, key: int, stochastic: bool = True
+    x: Tensor,
+    bits: Tensor,
+    total: int,
+    group: int,
+    key: int,
+    stochastic: bool = True,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x = _checked(x, bits, group)
     native = extension()
     if native is None:
-        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
+        return _by_torch(x, bits, group, key, stochastic, scale, shift)
+    x = _checked(x, bits, group, scale, shift)
+    by, inner = [torch.empty(0)] * 2, 1
+    if scale is not None and shift is not None:
+        if together := _together(x):
+            by, inner = [scale.detach().contiguous(), shift.detach().contiguous()], together
+        else:
+            x = reference.normalised(x, scale, shift)
     codes, meta = _empty(x, total, group)
-    bits = bits.contiguous()
-    native.group_quantize(flat(x), bits, group, codes, flat(meta), key, stochastic, threads())
+    native.group_quantize(
+        flat(x), *by, inner, bits.contiguous(), group, codes, flat(meta), key, stochastic, threads()
+    )
     return codes, meta
 
 
 @group_quantize.register_kernel("cuda")
 def _(
-    x: Tensor, bits: Tensor, total: int, group: int, key: int, stochastic: bool = True
+    x: Tensor,
+    bits: Tensor,
+    total: int,
+    group: int,
+    key: int,
+    stochastic: bool = True,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from hasten.kernels.gpu.group_quantize import group_quantize as on_gpu
 
-    x = _checked(x, bits, group)
     if group & (group - 1):  # Triton's blocks are powers of two
-        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
+        return _by_torch(x, bits, group, key, stochastic, scale, shift)
+    x = _checked(x, bits, group, scale, shift)
+    if scale is not None and shift is not None:
+        x = reference.normalised(x, scale, shift)
     codes, meta = _empty(x, total, group)
     on_gpu(_rows(x), bits, group, codes, meta, key, stochastic)
     return codes, meta

@@ -35,14 +35,20 @@ struct Checked : Groups {
     Checked(const Checked &) = delete;
 };
 
+// scale, shift: of the channels, `inner` values of one lie together; empty packs x as it is.
 template <class T>
-static void quantize(In<T> x, In<std::int32_t> bits, std::int64_t group, Out<std::uint8_t> codes, Out<std::int16_t> meta,
-                     std::uint64_t key, bool stochastic, int threads) {
+static void quantize(In<T> x, In<float> scale, In<float> shift, std::int64_t inner, In<std::int32_t> bits,
+                     std::int64_t group, Out<std::uint8_t> codes, Out<std::int16_t> meta, std::uint64_t key, bool stochastic,
+                     int threads) {
     const Checked g(bits, x.size(), group, codes.size(), meta.size());
+    const Normal by = {scale.data(), shift.data(), static_cast<std::int64_t>(scale.size()), inner};
+    require(scale.size() == shift.size() && (by.channels == 0 || (inner > 0 && g.values % (by.channels * inner) == 0)),
+            "group_quantize: scale and shift do not fit x");
+    const Normal *normal = by.channels > 0 ? &by : nullptr;
     if constexpr (std::is_same_v<T, float>) {
-        HASTEN_PICK(group_quantize)(g, x.data(), codes.data(), values(meta), key, stochastic, threads);
+        HASTEN_PICK(group_quantize)(g, x.data(), normal, codes.data(), values(meta), key, stochastic, threads);
     } else {
-        HASTEN_PICK(group_quantize_bfloat16)(g, values(x), codes.data(), values(meta), key, stochastic, threads);
+        HASTEN_PICK(group_quantize_bfloat16)(g, values(x), normal, codes.data(), values(meta), key, stochastic, threads);
     }
 }
 
@@ -77,8 +83,9 @@ template <class T>
 static void offer(nb::module_ &m) {
     using nb::literals::operator""_a;
     const nb::call_guard<nb::gil_scoped_release> free;
-    m.def("group_quantize", &quantize<T>, "x"_a.noconvert(), "bits"_a.noconvert(), "group"_a, "codes"_a.noconvert(),
-          "meta"_a.noconvert(), "key"_a, "stochastic"_a, "threads"_a, free);
+    m.def("group_quantize", &quantize<T>, "x"_a.noconvert(), "scale"_a.noconvert(), "shift"_a.noconvert(), "inner"_a,
+          "bits"_a.noconvert(), "group"_a, "codes"_a.noconvert(), "meta"_a.noconvert(), "key"_a, "stochastic"_a, "threads"_a,
+          free);
     m.def("group_dequantize", &dequantize<T>, "codes"_a.noconvert(), "meta"_a.noconvert(), "bits"_a.noconvert(),
           "group"_a, "x"_a.noconvert(), "threads"_a, free);
     m.def("group_spread", &spread<T>, "x"_a.noconvert(), "group"_a, "result"_a.noconvert(), "threads"_a, free);

@@ -64,23 +64,54 @@ inline void each_group(const Groups &g, int threads, const Body &body) {
     });
 }
 
+// Values first .. first + count of a sample as `by` says.
 template <class T>
-void quantise_all(const Groups &g, const T *x, std::uint8_t *codes, std::uint16_t *meta, std::uint64_t key,
-                  bool stochastic, int threads) {
+inline void normalise(const Normal &by, const T *x, std::int64_t first, std::int64_t count, float *to) {
+    std::int64_t c = first / by.inner % by.channels, i = 0;
+    if (by.inner == 1) {
+        for (; i < count; c = 0) {
+            const std::int64_t n = count - i < by.channels - c ? count - i : by.channels - c;
+            for (std::int64_t k = 0; k < n; ++k)
+                to[i + k] = __builtin_fmaf(widened(x[i + k]), by.scale[c + k], by.shift[c + k]);
+            i += n;
+        }
+        return;
+    }
+    for (std::int64_t left = by.inner - first % by.inner; i < count; left = by.inner, c = c + 1 < by.channels ? c + 1 : 0) {
+        const std::int64_t n = count - i < left ? count - i : left;
+        const float scale = by.scale[c], shift = by.shift[c];
+        for (std::int64_t k = 0; k < n; ++k) to[i + k] = __builtin_fmaf(widened(x[i + k]), scale, shift);
+        i += n;
+    }
+}
+
+template <class T>
+void quantise_all(const Groups &g, const T *x, const Normal *normal, std::uint8_t *codes, std::uint16_t *meta,
+                  std::uint64_t key, bool stochastic, int threads) {
     const int L = static_cast<int>(g.group / ROWS);
     const std::int64_t per = groups_per_sample(g);
     each_group(g, threads, [&](std::int64_t m, std::int64_t n, std::int64_t first, std::int64_t count) {
         const int bits = g.bits[n];
         std::uint8_t *to = codes + (g.starts[n] * per + m * bits) * (g.group / 8);
         const std::int64_t at = n * per + m;
-        if (count == g.group) {
-            quantise_one(x + first, L, bits, key, at * g.group, stochastic, meta + 2 * at, to);
-            return;
+        const auto pack = [&](const auto *group) {
+            quantise_one(group, L, bits, key, at * g.group, stochastic, meta + 2 * at, to);
+        };
+        const auto fill_and_pack = [&](auto *filled) {
+            for (std::int64_t i = count; i < g.group; ++i) filled[i] = filled[count - 1];
+            pack(filled);
+        };
+        if (normal != nullptr) {
+            float filled[LARGEST_GROUP];
+            normalise(*normal, x + first, m * g.group, count, filled);
+            fill_and_pack(filled);
+        } else if (count == g.group) {
+            pack(x + first);
+        } else {
+            T filled[LARGEST_GROUP];
+            std::memcpy(filled, x + first, static_cast<std::size_t>(count) * sizeof(T));
+            fill_and_pack(filled);
         }
-        T filled[LARGEST_GROUP];
-        std::memcpy(filled, x + first, static_cast<std::size_t>(count) * sizeof(T));
-        for (std::int64_t i = count; i < g.group; ++i) filled[i] = filled[count - 1];
-        quantise_one(filled, L, bits, key, at * g.group, stochastic, meta + 2 * at, to);
     });
 }
 
@@ -117,14 +148,14 @@ void spread_all(const Groups &g, const T *x, float *spread, int threads) {
 
 }  // namespace
 
-void group_quantize(const Groups &groups, const float *x, std::uint8_t *codes, std::uint16_t *meta, std::uint64_t key,
-                    bool stochastic, int threads) {
-    quantise_all(groups, x, codes, meta, key, stochastic, threads);
+void group_quantize(const Groups &groups, const float *x, const Normal *normal, std::uint8_t *codes, std::uint16_t *meta,
+                    std::uint64_t key, bool stochastic, int threads) {
+    quantise_all(groups, x, normal, codes, meta, key, stochastic, threads);
 }
 
-void group_quantize_bfloat16(const Groups &groups, const std::uint16_t *x, std::uint8_t *codes, std::uint16_t *meta,
-                    std::uint64_t key, bool stochastic, int threads) {
-    quantise_all(groups, x, codes, meta, key, stochastic, threads);
+void group_quantize_bfloat16(const Groups &groups, const std::uint16_t *x, const Normal *normal, std::uint8_t *codes,
+                    std::uint16_t *meta, std::uint64_t key, bool stochastic, int threads) {
+    quantise_all(groups, x, normal, codes, meta, key, stochastic, threads);
 }
 
 void group_dequantize(const Groups &groups, const std::uint8_t *codes, const std::uint16_t *meta, float *x,

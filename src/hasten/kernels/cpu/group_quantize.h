@@ -18,13 +18,20 @@ static inline std::int64_t groups_per_sample(const Groups &g) { return (g.values
 
 constexpr std::int64_t LARGEST_GROUP = 4096;
 
+// What is packed is x * scale[c] + shift[c], rounded once; value i of a sample belongs to channel c = i / inner % channels.
+struct Normal {
+    const float *scale, *shift;
+    std::int64_t channels, inner;
+};
+
 }  // namespace hasten
 
 // codes: group * (sum of bits) * per_sample / 8 bytes; meta: (lowest, step) of each group as bfloat16.
-HASTEN_EACH_ISA(void group_quantize(const Groups &groups, const float *x, std::uint8_t *codes, std::uint16_t *meta,
-                                    std::uint64_t key, bool stochastic, int threads);
-                void group_quantize_bfloat16(const Groups &groups, const std::uint16_t *x, std::uint8_t *codes,
+// normal: null packs x as it is.
+HASTEN_EACH_ISA(void group_quantize(const Groups &groups, const float *x, const Normal *normal, std::uint8_t *codes,
                                     std::uint16_t *meta, std::uint64_t key, bool stochastic, int threads);
+                void group_quantize_bfloat16(const Groups &groups, const std::uint16_t *x, const Normal *normal,
+                                    std::uint8_t *codes, std::uint16_t *meta, std::uint64_t key, bool stochastic, int threads);
                 void group_dequantize(const Groups &groups, const std::uint8_t *codes, const std::uint16_t *meta,
                                       float *x, int threads);
                 void group_dequantize_bfloat16(const Groups &groups, const std::uint8_t *codes, const std::uint16_t *meta,

@@ -47,6 +47,13 @@ def group_quantize(
     return torch.cat(packed), meta
 
 
+def normalised(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return ``x * scale + shift`` of ``x`` (N, C, ...) by channels, float32, rounded once, in the memory order of ``x``."""
+    channels = (-1, *(1,) * (x.dim() - 2))
+    y = torch.addcmul(shift.double().view(channels), x.double(), scale.double().view(channels))
+    return torch.empty_like(x, dtype=torch.float32).copy_(y)
+
+
 def group_dequantize(codes: Tensor, meta: Tensor, bits: Tensor, d: int) -> Tensor:
     """Return the numbers (N, d), float32, that the codes stand for."""
     n, m, _ = meta.shape

@@ -99,8 +99,14 @@ class GroupCodec:
             return f"a sample has {x.numel() // len(x)} values, fewer than one group of {self.run.group}"
         return None
 
-    def encode(self, x: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        """Return the tensors to keep of ``x`` (N, ...) and what `decode` needs besides."""
+    def encode(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Return the tensors to keep of ``x`` (N, ...) and what `decode` needs besides.
+
+        scale, shift: (C,); ``x * scale + shift`` is rounded, and decoded, in the place of ``x``. Not where that is
+        kept exact: there `decode` needs None.
+        """
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 "actnn cannot be traced by torch.compile, which would fix its noise; run the model eagerly, or give "
@@ -113,11 +119,17 @@ class GroupCodec:
             raise NonFiniteError(f"the input of {self.layer} holds a NaN or an infinity.")
         whole = x.numel() * x.element_size()
         x = sample_dense(x)
+        if (
+            self.run.per_sample and scale is not None and shift is not None
+        ):  # their ranges are those of what is kept
+            channels = (-1, *(1,) * (x.dim() - 2))
+            x = torch.addcmul(shift.view(channels).to(x.dtype), x, scale.view(channels).to(x.dtype))
+            scale = shift = None
         bits, each = self._bits(x)
         total = int(self.bits * len(x) + 1e-6) if each is None else each * len(x)
         key = keyed.key64(*self.run.key, self.layer, self.run.forward(), self.calls)
         self.calls += 1
-        codes, meta = group_quantize(x, bits, total, self.run.group, key, self.run.stochastic)
+        codes, meta = group_quantize(x, bits, total, self.run.group, key, self.run.stochastic, scale, shift)
         kept: tuple[Tensor, ...] = (codes, meta) if each is not None else (codes, meta, bits)
         self._count(tensors=1, bytes=whole, stored=sum(t.numel() * t.element_size() for t in kept))
         if self.run.swap:

@@ -96,12 +96,7 @@ class _BatchNorm(Function):
         x, weight, bias, mean, var, momentum, eps, codec = args
         y, batch_mean, inverse_std = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
         if any(ctx.needs_input_grad[:3]):
-            kept = x
-            if not codec.run.exact:
-                by_channel = (-1, *(1,) * (x.dim() - 2))
-                scale, shift = inverse_std.view(by_channel), (-batch_mean * inverse_std).view(by_channel)
-                kept = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
-            stored, ctx.meta = codec.encode(kept)
+            stored, ctx.meta = codec.encode(x, inverse_std.float(), (-batch_mean * inverse_std).float())
             ctx.save_for_backward(weight, batch_mean, inverse_std, *stored)
         ctx.codec, ctx.eps = codec, eps
         return y
@@ -112,7 +107,7 @@ class _BatchNorm(Function):
         weight, mean, inverse_std, *stored = ctx.saved_tensors
         x = ctx.codec.decode(tuple(stored), ctx.meta)
         needed = ctx.needs_input_grad[:3]
-        if not ctx.codec.run.exact:
+        if ctx.meta is not None:
             # the same as a batch norm whose input has mean 0 and deviation 1, and whose weight holds the true deviation
             weight = inverse_std if weight is None else weight * inverse_std
             mean, inverse_std = torch.zeros_like(mean), torch.ones_like(inverse_std)

@@ -187,31 +187,34 @@ class LayerReuse:
     ) -> list[Measured]:
         """Return what the candidates cost and err on this input.
 
-        enough: an error; of each L only what it takes to find the fewest bits that keep to it. More bits split groups,
-        so that errors fall and costs rise with H.
+        enough: an error; only what it takes to find the cheapest candidate that keeps to it. More bits split groups, so
+        that errors fall and costs rise with H. Errors of those that cost too much are not computed, and infinite here.
         """
         exact = arithmetic.output(x, w, bias, geometry).float()
         size = float(torch.linalg.vector_norm(exact)) or 1.0
         rows = exact.numel() // exact.shape[1]
 
-        def one(rung: Rung) -> Measured:
-            clusters = self.cluster(x, w, geometry, rung)
-            y = self.output(clusters, x, w, bias, geometry).float()
+        def one(rung: Rung, most: float = math.inf) -> Measured:
+            clusters, how = self.cluster(x, w, geometry, rung), self.how
             remaining = self.remaining_ratio(clusters, rows)
-            error = float(torch.linalg.vector_norm(y - exact)) / size
-            how = self.how
             cost = rho(rung, self.outputs, remaining, how.a, self.taps, how.overhead, how.products)
-            return Measured(rung, remaining, error, cost)
+            if cost >= most:
+                return Measured(rung, remaining, math.inf, cost)
+            y = self.output(clusters, x, w, bias, geometry).float()
+            return Measured(rung, remaining, float(torch.linalg.vector_norm(y - exact)) / size, cost)
 
         if enough is None:
             return [one(rung) for rung in dict.fromkeys([*self.options, self.rung]) if rung != DENSE]
-        found = []
+        found, least = [], self.how.max_rho
         for length in dict.fromkeys(rung.length for rung in self.options):
             able = sorted(rung for rung in self.options if rung.length == length)
             while able:
-                found.append(one(able[len(able) // 2]))
                 middle = len(able) // 2
-                able = able[:middle] if found[-1].error <= enough else able[middle + 1 :]
+                now = one(able[middle], least)
+                found.append(now)
+                fine = now.error <= enough
+                least = now.rho if fine else least
+                able = able[:middle] if fine or now.error == math.inf else able[middle + 1 :]
         return found
 
     def choose(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
@@ -235,9 +238,10 @@ class LayerReuse:
             self.rung = DENSE
             cheapest = min((m.rho for m in measured), default=math.inf)
             least = min((m.error for m in measured), default=math.inf)
+            seen = f", smallest error {least:.2f}" if least < math.inf else ""
             self.reason = (
                 f"no setting has rho < {how.max_rho:g} at an error of {self.limit:g} or less (smallest rho "
-                f"{cheapest:.2f}, smallest error {least:.2f})"
+                f"{cheapest:.2f}{seen})"
             )
         # a finer rung costs more, so where this one does not pay none does
         if self.rung != DENSE and not self._pays(x, w, bias, geometry):
