@@ -41,7 +41,8 @@ def main(smoke: bool = False) -> None:
         arms = {"bare": bare, "session": ours}
         results[name] = pairs(f"{name}, batch 128", arms, baseline="bare", seconds=60, smoke=smoke)
         results[name]["bit_identical"] = same
-        if ratio := results[name]["ratios"].get("session"):
+        ratio = results[name]["ratios"].get("session")
+        if ratio and ratio["low"] and ratio["high"]:
             cost = f"{1 / ratio['ratio']:.3f}x [{1 / ratio['high']:.3f}, {1 / ratio['low']:.3f}] of a bare step, the same bits"
             claims.append(
                 claim(
