@@ -143,11 +143,13 @@ def ratio_claim(
     """
     ratio, sound = timed["ratios"].get(arm), timed["aa_ok"]
     if ratio is None:
-        return claim(methods, what, "not measured: the machine was never quiet")
-    text = ratio["text"] if sound else f"{ratio['text']}, not claimed: the A/A test failed"
+        text = "not measured: the machine was never quiet"
+    else:
+        text = ratio["text"] if sound else f"{ratio['text']}, not claimed: the A/A test failed"
     if at_least is None:
         return claim(methods, what, text)
-    return claim(methods, what, text, target=f">= {at_least:g}x", met=sound and ratio["ratio"] >= at_least)
+    met = ratio is not None and sound and ratio["ratio"] >= at_least
+    return claim(methods, what, text, target=f">= {at_least:g}x", met=met)
 
 
 def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[str, Any]] = ()) -> None:

@@ -80,9 +80,6 @@ def methods() -> str:
     return "\n".join([*lines, end])
 
 
-BEGIN, END = markers("measured")
-
-
 def results() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Return (name, content, claims with a target) of every stored result that has such."""
     found = []
@@ -112,11 +109,12 @@ def machines() -> list[str]:
 
 def table() -> str:
     """Return the README's table: the first claim of every result, and how many of all its targets were met."""
-    lines = [BEGIN, "| first claim | measured | target | all targets of the benchmark |", "|---|---|---|---|"]
+    begin, end = markers("measured")
+    lines = [begin, "| first claim | measured | target | all targets of the benchmark |", "|---|---|---|---|"]
     for name, _, rows in results():
         met = sum(bool(row["met"]) for row in rows)
         lines.append(line(rows[0], f"{met} of {len(rows)} met, `{name}`"))
-    return "\n".join([*lines, "", *machines(), END])
+    return "\n".join([*lines, "", *machines(), end])
 
 
 def everything() -> str:
@@ -145,8 +143,8 @@ def main() -> int:
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = old
-    for what, text in (("methods", methods()), ("measured", table())):
-        begin, end = markers(what)
+    for text in (methods(), table()):
+        begin, *_, end = text.splitlines()
         new = new[: new.index(begin)] + text + new[new.index(end) + len(end) :]
     if new != old:
         stale.append("README.md")

@@ -58,6 +58,11 @@ def _checked(
     return x.float() if x.dtype == torch.float16 else x
 
 
+def _normalised(x: Tensor, bits: Tensor, group: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    x = _checked(x, bits, group, scale, shift)
+    return x if scale is None or shift is None else reference.normalised(x, scale, shift)
+
+
 def _together(x: Tensor) -> int | None:
     """Return how many values of a channel lie together in a `sample_dense` x (N, C, ...), if channels take turns."""
     if x[0].is_contiguous():
@@ -97,21 +102,7 @@ def group_quantize(
     and the step of each group. Not ``stochastic``: to the nearest, which is biased. A group with a value that is
     infinite or none comes back as NaN. Raises UnsupportedError for other dtypes, groups or shapes.
     """
-    return _by_torch(x, bits, group, key, stochastic, scale, shift)
-
-
-def _by_torch(
-    x: Tensor,
-    bits: Tensor,
-    group: int,
-    key: int,
-    stochastic: bool,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    x = _checked(x, bits, group, scale, shift)
-    if scale is not None and shift is not None:
-        x = reference.normalised(x, scale, shift)
+    x = _normalised(x, bits, group, scale, shift)
     return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
 
 
@@ -142,7 +133,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     native = extension()
     if native is None:
-        return _by_torch(x, bits, group, key, stochastic, scale, shift)
+        x = _normalised(x, bits, group, scale, shift)
+        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
     x = _checked(x, bits, group, scale, shift)
     by, inner = [torch.empty(0)] * 2, 1
     if scale is not None and shift is not None:
@@ -170,11 +162,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from hasten.kernels.gpu.group_quantize import group_quantize as on_gpu
 
+    x = _normalised(x, bits, group, scale, shift)
     if group & (group - 1):  # Triton's blocks are powers of two
-        return _by_torch(x, bits, group, key, stochastic, scale, shift)
-    x = _checked(x, bits, group, scale, shift)
-    if scale is not None and shift is not None:
-        x = reference.normalised(x, scale, shift)
+        return reference.group_quantize(_rows(x).float(), bits, group, key, stochastic)
     codes, meta = _empty(x, total, group)
     on_gpu(_rows(x), bits, group, codes, meta, key, stochastic)
     return codes, meta

@@ -59,7 +59,8 @@ def hashes(pieces: Tensor, v: Tensor, shift: Tensor | None = None, scale: Tensor
 def cluster(pieces: Tensor, v: Tensor, shift: Tensor | None, groups: int, norm: bool) -> Clusters:
     """Return the clusters of ``pieces`` (blocks, n, L): equal hashes in one block and one of ``groups`` equal parts of n.
 
-    norm: cluster unit vectors, for which ``shift`` is then, and keep the lengths. Rows are numbered in the order of first appearance.
+    norm: cluster unit vectors, for which ``shift`` is then, and keep the lengths. Rows are numbered in the order of first
+    appearance.
     """
     blocks, n, length = pieces.shape
     capacity, each, device = n + groups, n // groups, pieces.device

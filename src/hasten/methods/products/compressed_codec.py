@@ -119,9 +119,8 @@ class GroupCodec:
             raise NonFiniteError(f"the input of {self.layer} holds a NaN or an infinity.")
         whole = x.numel() * x.element_size()
         x = sample_dense(x)
-        if (
-            self.run.per_sample and scale is not None and shift is not None
-        ):  # their ranges are those of what is kept
+        # samples share bits by the ranges of what is kept, so that it must exist before it is packed
+        if self.run.per_sample and scale is not None and shift is not None:
             channels = (-1, *(1,) * (x.dim() - 2))
             x = torch.addcmul(shift.view(channels).to(x.dtype), x, scale.view(channels).to(x.dtype))
             scale = shift = None

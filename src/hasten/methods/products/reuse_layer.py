@@ -84,8 +84,10 @@ class LayerReuse:
         try:
             if self.how.order == "pixel":
                 x = padded_channels(x, rung.length)
-                few = x[:: max(1, len(x) // SEEN)]
-                shift = self.thresholds(reference.pixel_pieces(few, rung.length), v)
+                shift = None
+                if self.how.center:
+                    few = x[:: max(1, len(x) // SEEN)]
+                    shift = self.thresholds(reference.pixel_pieces(few, rung.length), v)
                 return Clusters(*kernels.deep_reuse_cluster(x, v, shift, groups, self.how.norm))
             if not bool(x.isfinite().all()):
                 raise NonFiniteError("deep_reuse got an input that is infinite or not a number.")
@@ -94,14 +96,13 @@ class LayerReuse:
                 x.float() if x.dtype == torch.bfloat16 else x, kernel, pair(geometry.stride), pair(geometry.padding),
                 rung.length,
             )  # fmt: skip
-            return reference.cluster(pieces, v, self.thresholds(pieces, v), groups, self.how.norm)
+            shift = self.thresholds(pieces, v) if self.how.center else None
+            return reference.cluster(pieces, v, shift, groups, self.how.norm)
         except NonFiniteError as error:
             raise NonFiniteError(f"layer {self.name!r}: {error}") from None
 
-    def thresholds(self, pieces: Tensor, v: Tensor) -> Tensor | None:
+    def thresholds(self, pieces: Tensor, v: Tensor) -> Tensor:
         """Return (blocks, H): the projections of the mean of ``pieces`` (blocks, n, L), of unit vectors if ``norm``."""
-        if not self.how.center:
-            return None
         pieces = pieces.to(torch.promote_types(pieces.dtype, torch.float32))
         mean = (functional.normalize(pieces, dim=-1) if self.how.norm else pieces).mean(1)
         return mean @ v.to(mean.dtype)
@@ -212,9 +213,10 @@ class LayerReuse:
                 middle = len(able) // 2
                 now = one(able[middle], least)
                 found.append(now)
-                fine = now.error <= enough
-                least = now.rho if fine else least
-                able = able[:middle] if fine or now.error == math.inf else able[middle + 1 :]
+                if now.rho >= least or now.error <= enough:
+                    least, able = min(least, now.rho), able[:middle]
+                else:
+                    able = able[middle + 1 :]
         return found
 
     def choose(self, x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
