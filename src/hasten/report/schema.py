@@ -14,11 +14,12 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from hasten.errors import DataError
 from hasten.report.typed import mismatches
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Scalar = str | int | float | bool | None
-Kind = Literal["baseline", "strong", "method", "stack", "control"]
-Outcome = Literal["faster", "slower", "not shown", "missed", "one run", "not measured"]
+Kind = Literal["baseline", "strong", "method", "stack"]
+Outcome = Literal["sooner", "later", "not shown", "too wide", "not reached", "one seed", "not measured"]
+State = Literal["reached", "not reached", "below the smallest budget", "not measured"]
 
 SPANS = (
     "data",
@@ -48,10 +49,10 @@ class Seconds(TypedDict):
 
 
 class Run(TypedDict):
-    """One run of one arm: one seed in one block.
+    """One whole run of one arm at one budget: one seed in one block.
 
-    ``spans`` are exclusive parts (see ``SPANS``); what they leave of the total is drawn as "other".
-    ``curve`` rows are [seconds of training clock, samples seen, accuracy], at the evaluation cadence.
+    ``spans`` are exclusive parts (see ``SPANS``); what they leave of the total is drawn as "other". ``disturbed``
+    says what else used the machine meanwhile (empty: nothing), and ``resumed`` that the run was interrupted.
     """
 
     seed: int
@@ -59,7 +60,8 @@ class Run(TypedDict):
     seconds: Seconds
     spans: dict[str, float]
     accuracy: float | None
-    curve: list[list[float]]
+    disturbed: list[str]
+    resumed: bool
     samples_forward: int
     samples_backward: int
     macs: float | None
@@ -89,35 +91,49 @@ class Accuracy(TypedDict):
     vs_strong: Difference | None
 
 
-class Reached(TypedDict):
-    """Whether the arm reaches the target.
+class Point(TypedDict):
+    """An arm at one budget, its schedule fully run: a point of its time-accuracy curve.
 
-    ``k`` of ``n`` runs hit it; ``mean_bound`` is the one-sided 95% lower bound of the mean final accuracy.
+    ``share`` is the part of the full schedule, ``epochs`` what that is. ``seconds`` is the mean training time of the
+    finished runs, ``accuracy`` their mean; both None where none finished. ``sd`` is of the accuracy.
     """
 
-    k: int
+    share: float
+    epochs: float
+    seconds: float | None
+    accuracy: float | None
+    sd: float | None
     n: int
-    mean_bound: float | None
-    yes: bool
+    runs: list[Run]
 
 
-class Ratio(TypedDict):
-    """A ratio with its 95% interval; where a number is None, ``reason`` says why there is none."""
+class TimeTo(TypedDict):
+    """When the arm's curve reaches the target, in seconds, with its 95% interval.
+
+    ``lo`` or ``hi`` is None where the runs do not bound that side. ``state`` says why there may be no time: the curve
+    ends below the target, or starts above it. ``note`` adds the reason in words, or is empty.
+    """
+
+    seconds: float | None
+    lo: float | None
+    hi: float | None
+    state: State
+    note: str
+
+
+class Versus(TypedDict):
+    """How much sooner the arm reaches the target than a baseline: the ratio of both times, above 1 is sooner.
+
+    ``lo`` and ``hi`` are its 95% interval; one that is None has no bound. Where ``ratio`` is None, ``reason`` says
+    why. ``n`` seeds, ``blocks`` of them with clean times. ``verdict`` is what the interval allows to say, ``note`` adds words, or is empty.
+    """
 
     ratio: float | None
     lo: float | None
     hi: float | None
     reason: str | None
-
-
-class Versus(Ratio):
-    """A paired time ratio over ``n`` blocks, with its permutation p and verdict.
-
-    ``note`` adds a reason in words, such as "extra forward costs 31%", or is empty.
-    """
-
     n: int
-    p: float | None
+    blocks: int
     verdict: Outcome
     note: str
 
@@ -146,27 +162,27 @@ class MethodEffect(TypedDict):
 
 
 class Arm(TypedDict):
-    """One way of training, with all its runs and what they amount to.
+    """One way of training, with its time-accuracy curve and what that amounts to.
 
-    ``kind``: "baseline" is plain PyTorch, "strong" the system-optimised baseline, "control" a baseline with
-    a shortened schedule. ``methods`` are names with the settings that
-    differ from the defaults. ``vs_*`` are None for the arm
-    compared with itself; ``vs_curve`` is the speedup read off the shortened baselines' time/accuracy curve.
-    ``work_reduction`` is the share of the plain arm's MACs that this arm did not execute (negative: it did
-    more). ``witness`` counts what the methods really did ("samples skipped": 1200).
+    ``kind``: "baseline" is plain PyTorch, "strong" the system-optimised baseline. ``methods`` are names with the
+    settings that differ from the defaults. ``points`` go from the smallest budget to the largest. ``accuracy`` and
+    ``seconds`` are those of the full budget. ``vs_*`` are None for the arm compared with itself and where that
+    baseline did not run. ``sets_target`` is False for an arm too far below the rest to have a say in the target.
+    ``work_reduction`` is the share of the plain arm's MACs at the full budget that this arm did not execute
+    (negative: it did more). ``witness`` counts what the methods really did ("samples skipped": 1200).
     """
 
     name: str
     label: str
     kind: Kind
     methods: list[str]
-    runs: list[Run]
+    points: list[Point]
     accuracy: Accuracy
-    reached: Reached
+    seconds: float | None
+    time: TimeTo
     vs_plain: Versus | None
     vs_strong: Versus | None
-    vs_curve: Ratio | None
-    step_ratio: Ratio | None
+    sets_target: bool
     work_reduction: float | None
     witness: dict[str, float]
     effects: list[MethodEffect]
@@ -174,18 +190,25 @@ class Arm(TypedDict):
 
 
 class Verdict(TypedDict):
-    """The one sentence at the top. ``claim`` names the arm it is about, None when nothing is claimed."""
+    """The one sentence at the top. ``claim`` names the arm it is about, None when nothing is claimed.
+
+    ``against`` is the name of the arm it is sooner than, ``ratio`` by how much, ``ci`` the interval at that claim's own confidence:
+    corrected where the arm is the best of several (``best_of``), with None for an end without a bound.
+    """
 
     sentence: str
     claim: str | None
+    against: str | None
     ratio: float | None
-    ci: list[float] | None
+    ci: list[float | None] | None
+    best_of: int
 
 
 class Target(TypedDict):
-    """The accuracy to reach, and the rule that decides whether an arm reaches it."""
+    """The accuracy to reach, how it was chosen, and the rule that decides whether an arm reaches it."""
 
     accuracy: float
+    chosen: str
     rule: str
 
 
@@ -205,15 +228,17 @@ class Settings(TypedDict):
 
 
 class Noise(TypedDict):
-    """The baseline against itself: ``s`` is the sd of the log ratio; ``ok`` says that the interval holds 1.
+    """Whole runs of one arm against themselves, made first: ``s`` is the sd of the log ratio over ``n`` pairs.
 
-    A false ``ok`` weakens every other ratio.
+    ``ok`` says that the 95% interval holds 1. Where it does not, nothing is claimed.
     """
 
+    arm: str
     ratio: float
     lo: float
     hi: float
     s: float
+    n: int
     ok: bool
 
 
@@ -239,6 +264,21 @@ class Failure(TypedDict):
     text: str
 
 
+class Plan(TypedDict):
+    """What the comparison was going to take, told before anything trained, and what it took; seconds.
+
+    ``limit`` is the time it had to fit into, None without one. ``reused`` of ``runs`` runs were taken from an earlier
+    call; the time of a comparison that took any says nothing. ``changes`` are what was cut or added to fit, in words.
+    """
+
+    predicted: float
+    taken: float
+    limit: float | None
+    runs: int
+    reused: int
+    changes: list[str]
+
+
 class Prediction(TypedDict):
     """What the cost model said beforehand and what came out, for one quantity of one arm."""
 
@@ -250,7 +290,10 @@ class Prediction(TypedDict):
 
 
 class ReportData(TypedDict):
-    """Everything the report shows. ``created`` is UTC in ISO form, such as 2026-11-22T09:30:00Z."""
+    """Everything the report shows. ``created`` is UTC in ISO form, such as 2026-11-22T09:30:00Z.
+
+    ``network`` is the folder in which the claimed arm's trained network was kept, beside the report.
+    """
 
     schema_version: int
     title: str
@@ -261,6 +304,8 @@ class ReportData(TypedDict):
     environment: dict[str, Scalar]
     arms: list[Arm]
     aa: Noise | None
+    plan: Plan | None
+    network: str | None
     dropped: list[Dropped]
     notes: list[str]
     repeat: Repeat
@@ -284,17 +329,21 @@ def _meaning(data: ReportData) -> list[str]:
     def fraction(value: float | None, path: str) -> None:
         need(value is None or 0 <= value <= 1, path, f"must be a fraction from 0 to 1, not {value}")
 
-    def interval(value: Any, path: str) -> None:
+    def interval(value: Any, path: str, middle: str = "ratio") -> None:
         if value is None:
             return
-        mid, low, high = value.get("ratio", value.get("diff")), value["lo"], value["hi"]
-        need((low is None) == (high is None), path, "needs both ends of its interval or none")
-        if mid is not None and low is not None and high is not None:
-            need(low <= mid <= high, path, f"{mid} must lie inside its interval [{low}, {high}]")
-        if "ratio" in value:
-            need(mid is None or mid > 0, path, f"a ratio must be above 0, not {mid}")
-            need(low is None or low > 0, path, f"a ratio's interval must be above 0, not {low}")
-            need(mid is not None or bool(value.get("reason")), path, "without a ratio it needs a reason")
+        mid, low, high = value[middle], value["lo"], value["hi"]
+        need(low is None or mid is None or low <= mid, path, f"{mid} must not lie below its interval's {low}")
+        need(
+            high is None or mid is None or mid <= high,
+            path,
+            f"{mid} must not lie above its interval's {high}",
+        )
+        if middle != "diff":
+            for number in (mid, low, high):
+                need(number is None or number > 0, path, f"must be above 0, not {number}")
+        if "reason" in value:
+            need(mid is not None or bool(value["reason"]), path, "without a ratio it needs a reason")
 
     need(data["schema_version"] == SCHEMA_VERSION, "report.schema_version", f"must be {SCHEMA_VERSION}")
     try:
@@ -306,30 +355,42 @@ def _meaning(data: ReportData) -> list[str]:
     names = [arm["name"] for arm in data["arms"]]
     need(bool(names), "report.arms", "needs at least one arm")
     need(len(set(names)) == len(names), "report.arms", f"names must differ, got {names}")
-    claim, ci = data["verdict"]["claim"], data["verdict"]["ci"]
-    need(claim is None or claim in names, "report.verdict.claim", f"{claim!r} is none of the arms {names}")
-    need(
-        ci is None or (len(ci) == 2 and 0 < ci[0] <= ci[1]),
-        "report.verdict.ci",
-        f"must be [lo, hi], not {ci}",
-    )
+    verdict = data["verdict"]
+    for key in ("claim", "against"):
+        named = cast(str | None, verdict[key])  # type: ignore[literal-required]
+        need(
+            named is None or named in names, f"report.verdict.{key}", f"{named!r} is none of the arms {names}"
+        )
+    ci = verdict["ci"]
+    need(ci is None or len(ci) == 2, "report.verdict.ci", f"must be [lo, hi], not {ci}")
+    if ci is not None and len(ci) == 2:
+        interval({"ratio": verdict["ratio"], "lo": ci[0], "hi": ci[1]}, "report.verdict")
     interval(data["aa"] and {**data["aa"]}, "report.aa")
     for arm in data["arms"]:
         where = f"report.arms[{arm['name']!r}]"
         fraction(arm["accuracy"]["mean"], f"{where}.accuracy.mean")
-        interval(arm["accuracy"]["vs_strong"], f"{where}.accuracy.vs_strong")
-        for key in ("vs_plain", "vs_strong", "vs_curve", "step_ratio"):
-            interval(arm[key], f"{where}.{key}")
-        for i, run in enumerate(arm["runs"]):
-            at = f"{where}.runs[{i}]"
-            fraction(run["accuracy"], f"{at}.accuracy")
-            for part, seconds in {**run["seconds"], **run["spans"]}.items():
-                need(
-                    cast(float, seconds) >= 0, f"{at}.{part}", f"seconds must not be negative, got {seconds}"
-                )
-            for row in run["curve"]:
-                fine = len(row) == 3 and row[0] >= 0 and 0 <= row[2] <= 1
-                need(fine, f"{at}.curve", f"rows are [seconds, samples, accuracy], got {row}")
+        interval(arm["accuracy"]["vs_strong"], f"{where}.accuracy.vs_strong", "diff")
+        interval(arm["time"], f"{where}.time", "seconds")
+        need(
+            (arm["time"]["seconds"] is not None) == (arm["time"]["state"] == "reached"),
+            f"{where}.time",
+            f"has a time if and only if it is reached, got {arm['time']['state']!r}",
+        )
+        interval(arm["vs_plain"], f"{where}.vs_plain")
+        interval(arm["vs_strong"], f"{where}.vs_strong")
+        shares = [point["share"] for point in arm["points"]]
+        need(shares == sorted(set(shares)), f"{where}.points", f"shares must rise, got {shares}")
+        for i, point in enumerate(arm["points"]):
+            fraction(point["accuracy"], f"{where}.points[{i}].accuracy")
+            for k, run in enumerate(point["runs"]):
+                at = f"{where}.points[{i}].runs[{k}]"
+                fraction(run["accuracy"], f"{at}.accuracy")
+                for part, seconds in {**run["seconds"], **run["spans"]}.items():
+                    need(
+                        cast(float, seconds) >= 0,
+                        f"{at}.{part}",
+                        f"seconds must not be negative, got {seconds}",
+                    )
     return problems
 
 
