@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,21 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hasten import keyed, models
+from hasten import keyed
 from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder
 from hasten.contract import Effect, Method
-from hasten.data import DataSet, Images, Loader, load
+from hasten.data import DataSet, Loader, load
+from hasten.devices import training_device
 from hasten.errors import CheckpointError, HastenError, UnsupportedError
 from hasten.logs import Logs
-from hasten.loss import cross_entropy
+from hasten.loss import Loss, cross_entropy
 from hasten.measure.clock import Clock, device_sync
 from hasten.progress import Progress, silent
-from hasten.recipe import Recipe
+from hasten.recipe import STRONG, Recipe
 from hasten.regimen import regimen, whiten
+from hasten.run_identity import identity_of, source_of
 from hasten.session import Session
 
 
@@ -34,7 +34,9 @@ class Result:
     """What a run came to. accuracy in [0, 1]; seconds by span of the clock; curve rows (seconds, samples, accuracy).
 
     ``seconds_train`` is the time that counts: everything from the first batch to the last, without evaluation, saving
-    and set-up. ``stopped`` is the signal that ended the run early, or 0. ``saved``: whether the last state is on disk.
+    and set-up; ``seconds_attach`` of it passed while the methods were attached. ``stopped`` is the signal that ended the run
+    early, or 0. ``saved``: whether the last state is on disk. ``validation``: accuracy on the validation part at the end,
+    or None where the data has none. ``preprocessing``: what turns pixels into the network's input.
     """
 
     accuracy: float
@@ -49,6 +51,11 @@ class Result:
     messages: list[str] = field(default_factory=list)
     model: nn.Module | None = None
     saved: bool = False
+    validation: float | None = None
+    recipe: Recipe | None = None
+    device: str = "cpu"
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    seconds_attach: float = 0.0
 
 
 def fit(
@@ -62,8 +69,15 @@ def fit(
     save_every: float = 60.0,
     progress: Progress = silent,
     allow_no_effect: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     on_step: Callable[[int], None] | None = None,
+    init: str | Path | dict[str, Tensor] | None = None,
+    loss: Loss | None = None,
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]] | None = None,
+    train_fn: Callable[..., None] | None = None,
+    share: float = 1.0,
+    root: str | Path | None = None,
+    size: int | None = None,
 ) -> Result:
     """Train ``model`` on ``data`` with ``methods`` and return the result.
 
@@ -78,7 +92,8 @@ def fit(
     with ExitStack() as stack:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         torch.manual_seed(keyed.key64(seed, "global"))
-        run = _Run(model, data, methods, recipe or Recipe(), seed, out, progress, allow_no_effect, device)
+        run = _Run(model, data, methods, recipe or STRONG, seed, out, progress, allow_no_effect,
+                   training_device(device))  # fmt: skip
         stack.callback(run.logs.close)
         stop = stack.enter_context(StopSignal()) if out is not None else None
         run.restore()
@@ -107,11 +122,10 @@ class _Run:
             self.recipe, self.seed, self.progress, self.device = recipe, seed, progress, device
             self.messages: list[str] = []
             train = self.data.train
-            source = models.resolve(model, num_classes=len(train.classes), in_channels=train.shape[2],
-                                    image_size=train.shape[0], seed=seed)  # fmt: skip
+            source = source_of(model, self.data, seed)
             net = source.make().to(device)
             self.loader = self._training(recipe.batch_size)
-            self.test = self._loader(self.data.test, min(500, len(self.data.test)), (), shuffle=False)
+            self.test = self.data.evaluation("test", device=device)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
             whiten(net, train)
@@ -121,6 +135,7 @@ class _Run:
                 loss=cross_entropy(recipe.label_smoothing), total_samples=self.total * recipe.batch_size,
                 allow_no_effect=allow_no_effect, check_gradients=True, clock=self.clock,
             )  # fmt: skip
+            self.seconds_attach = self.clock.totals().get("method", 0.0)
             self.regimen.attached()
             self.session.on_restart.append(self.regimen.restart)
             self.session.surgery.followers.append(self.regimen.reshaped)
@@ -134,11 +149,7 @@ class _Run:
                     f"{names} changes the batch size, and a record recipe's rates are made for its own; leave it out or "
                     f"give another recipe."
                 )
-            self.identity = {
-                "model": source.recipe or {"object": source.label}, "data": self.data.name, "seed": seed,
-                "samples": len(train), "content": fingerprint(train), "recipe": dataclasses.asdict(recipe) | {"augment": list(recipe.augment)},
-                "methods": [{"name": m.spec.name, "settings": jsonable(m.settings())} for m in self.session.methods],
-            }  # fmt: skip
+            self.identity = identity_of(source, self.data, self.session.methods, recipe, seed)
             self.store, folder = None, None
             if out is not None:
                 folder = claim_folder(Path(out))
@@ -150,13 +161,9 @@ class _Run:
                     )
             self.logs = Logs(folder)
 
-    def _loader(self, images: Images, batch: int, augment: Sequence[Any], *, shuffle: bool) -> Loader:
-        return Loader(images, batch, seed=self.seed, augment=tuple(augment), shuffle=shuffle, drop_last=shuffle,
-                      device=self.device)  # fmt: skip
-
     def _training(self, batch: int) -> Loader:
-        images = self.data.train
-        return self._loader(images, batch, self.recipe.augmentations(self.data.flip_ok), shuffle=True)
+        augment = self.recipe.augmentations(self.data.flip_ok)
+        return self.data.training(batch, seed=self.seed, augment=augment, device=self.device)
 
     @property
     def position(self) -> float:
@@ -229,7 +236,8 @@ class _Run:
                     "methods": list(state["methods"]), "counters": state["counters"], "clock": self.clock.state_dict(),
                     "curve": [list(row) for row in self.curve], "rng": torch.get_rng_state(),
                     "logs": logged, "structure": state["structure"], "batch_size": state["batch_size"],
-                    "position": [self.epoch, self.at, self.size],
+                    "position": [self.epoch, self.at, self.size], "data": self.data.preprocessing(),
+                    "accuracy": self.curve[-1][2] if self.curve else None,
                 },
             }  # fmt: skip
             parts |= {f"method-{name}": value for name, value in state["methods"].items()}
@@ -284,48 +292,44 @@ class _Run:
     def evaluate(self) -> float:
         """Return the accuracy on the test images, of the averaged weights where the recipe has them."""
         spans = self.clock.totals()
-        with self.clock.span("eval"), ExitStack() as stack:
-            stack.enter_context(self.regimen.evaluated())
-            forward = stack.enter_context(self.session.inference())
-            right, total_loss, count = 0, 0.0, 0
-            for batch in self.test.epoch(0):
-                outputs = forward(batch.inputs).float()
-                right += int((outputs.argmax(1) == batch.targets).sum())
-                total_loss += float(nn.functional.cross_entropy(outputs, batch.targets, reduction="sum"))
-                count += len(batch.targets)
-        accuracy, seconds = right / count, counted(spans)
+        accuracy, loss = self._measured(self.test)
+        seconds = counted(spans)
         row = (seconds, self.session.counters["streamed"], accuracy)
         self.curve.append(row)
         self.logs.evaluation({"step": self.step, "epoch": self.position / len(self.loader), "samples": row[1],
-                              "seconds": f"{seconds:.3f}", "accuracy": accuracy, "loss": total_loss / count})  # fmt: skip
+                              "seconds": f"{seconds:.3f}", "accuracy": accuracy, "loss": loss})  # fmt: skip
         self.progress.evaluation(round(self.position), self.total, accuracy)
         return accuracy
+
+    def _measured(self, loader: Any) -> tuple[float, float]:
+        """Return accuracy and mean cross-entropy of the weights to evaluate on the images of ``loader``."""
+        with self.clock.span("eval"), ExitStack() as stack:
+            stack.enter_context(self.regimen.evaluated())
+            forward = stack.enter_context(self.session.inference())
+            right, loss, count = 0, 0.0, 0
+            for batch in loader.epoch(0):
+                outputs = forward(batch.inputs).float()
+                right += int((outputs.argmax(1) == batch.targets).sum())
+                loss += float(nn.functional.cross_entropy(outputs, batch.targets, reduction="sum"))
+                count += len(batch.targets)
+        return right / count, loss / count
 
     def result(self, stop: StopSignal | None) -> Result:
         """Return what the run came to, with the averaged weights in the exported model."""
         spans = self.clock.totals()
+        validation = None
         if self.position >= self.total:
             self.regimen.finish()
+            if self.data.has_validation:
+                validation = self._measured(self.data.evaluation("validation", device=self.device))[0]
         return Result(
             accuracy=self.curve[-1][2] if self.curve else 0.0, seconds_train=counted(spans), spans=spans,
             curve=list(self.curve), counters=dict(self.session.counters), witness=self.session.witness(),
             effects=self.session.effects, steps=self.step, stopped=int(stop.requested or 0) if stop else 0,
             messages=self.messages, model=self.session.export(), saved=self.saved,
+            validation=validation, recipe=self.recipe, device=self.device, preprocessing=self.data.preprocessing(),
+            seconds_attach=self.seconds_attach,
         )  # fmt: skip
-
-
-def jsonable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with tuples as lists, as JSON holds them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-
-
-def fingerprint(images: Images) -> str:
-    """Return a digest of all labels and of up to 256 images spread over the set, so that other data is noticed."""
-    spread = np.linspace(0, len(images) - 1, min(256, len(images))).astype(np.int64)
-    digest = hashlib.sha256(repr((images.pixels.shape, images.classes)).encode())
-    digest.update(images.labels.tobytes())
-    digest.update(images.pixels[spread].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def counted(spans: dict[str, float]) -> float:

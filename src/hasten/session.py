@@ -331,7 +331,8 @@ class Session:
         check_training_state(self.model, self.optimizers)
 
     def _agreed(self, method: Method, allow_no_effect: bool) -> Effect:
-        effect = method.attach(self)
+        with self.clock.span("method"):
+            effect = method.attach(self)
         if not effect.touched and not allow_no_effect:
             reasons = "\n".join(effect.lines()) or "  it found nothing it acts on"
             raise NoEffectError(

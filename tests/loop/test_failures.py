@@ -16,7 +16,7 @@ from hasten.checkpoint import Store
 from hasten.data import DataSet
 from hasten.errors import CheckpointError, DataError, HastenError, NonFiniteError, SettingsError
 from hasten.logs import Logs
-from hasten.loop import fingerprint, fit
+from hasten.loop import fit
 from hasten.recipe import Recipe
 
 from .support import CLASSES, PER_EPOCH, RECIPE, STEPS, assert_same, data, final, images, net, steps
@@ -188,16 +188,6 @@ def test_folders_that_are_not_ours_or_cannot_be_written(tmp_path: Path) -> None:
 def test_one_error_base_class() -> None:
     for error in (NonFiniteError, DataError, SettingsError, CheckpointError):
         assert issubclass(error, HastenError)
-
-
-def test_other_data_has_another_fingerprint() -> None:
-    first = images(300, 1)
-    assert fingerprint(first) == fingerprint(images(300, 1))
-    seen = {fingerprint(first), fingerprint(images(300, 2)), fingerprint(images(299, 1))}
-    relabelled = images(300, 1)
-    relabelled.labels[150] = (relabelled.labels[150] + 1) % CLASSES
-    seen.add(fingerprint(relabelled))
-    assert len(seen) == 4
 
 
 def test_fractional_epochs_and_every_sample_once_an_epoch() -> None:
