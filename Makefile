@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/hasten/kernels/cpu/*)
 ASAN := build/asan
 
-.PHONY: setup demo test asan check bench smoke clean
+.PHONY: setup demo test asan check bench smoke docs clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,15 @@ bench: setup
 
 smoke: setup
 	$(BIN)/python -m benchmarks --smoke
+
+# the documentation as a site, every warning an error: build/docs/index.html
+docs: setup $(VENV)/.docs
+	$(BIN)/python scripts/make_cards.py --check
+	$(BIN)/python -m sphinx -W -n --keep-going --quiet -b html docs build/docs
+
+$(VENV)/.docs: pyproject.toml | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build runs

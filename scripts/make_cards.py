@@ -1,158 +1,347 @@
-"""Write docs/methods/NAME.md for every method, and the README's tables: the methods, and what the benchmarks measured.
+"""Write what the documents say of measurements: the methods' cards, the tables in README and docs, and measured.json.
 
-Usage: python scripts/make_cards.py [--check]     (--check only tells whether the cards are up to date)
+Figures of ours come from benchmarks/results alone; the papers' figures and the verdicts from scripts/cards.toml.
+A part that is written here stands between ``<!-- NAME: written by scripts/make_cards.py -->`` and ``<!-- end of NAME -->``.
+
+Usage: python scripts/make_cards.py [--check]     (--check only tells what is out of date)
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hasten import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-CARDS, RESULTS = ROOT / "docs/methods", ROOT / "benchmarks/results"
+DOCS, RESULTS, WORDS = ROOT / "docs", ROOT / "benchmarks/results", ROOT / "scripts/cards.toml"
+SOURCES = {
+    "paper": "read in the paper",
+    "abstract": "read in its abstract",
+    "code": "read in the authors' code or its README",
+    "log": "read in the authors' log",
+    "memory": "from memory, not checked",
+    "peer": "another project's figure",
+}
+NOT_MEASURED = "not measured here"
 
 
-def claims_of(name: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Return (result's name, its content, claim) of every stored claim about the method."""
+class Claim(NamedTuple):
+    """One measured statement of a stored result."""
+
+    result: str
+    what: str
+    text: str
+    methods: tuple[str, ...]
+    machine: str
+
+    @property
+    def command(self) -> str:
+        """The command that measures it again."""
+        return f"make bench BENCH={self.result}"
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether it shows something saved: less, or a ratio whose verdict, where there is one, is "faster"."""
+        verdict = re.search(r"\d+\.\d+x(?: \[[^\]]*\])?: ([^;(]*)", self.text)
+        return verdict is None or verdict[1].strip() == "faster"
+
+
+@cache
+def words() -> dict[str, Any]:
+    """Return the hand-written part."""
+    return tomllib.loads(WORDS.read_text(encoding="utf-8"))
+
+
+def reworded(text: str) -> str:
+    """Return a claim's text with the verdict "missed" spelt out: the arm did not get to the target accuracy."""
+    return re.sub(r"\bmissed\b", "target accuracy not reached", text)
+
+
+def machine_of(environment: dict[str, Any]) -> str:
+    """Return where a result was measured, in words."""
+    gpu = environment.get("gpu")
+    name = (gpu["name"] if isinstance(gpu, dict) and "name" in gpu else str(gpu)) if gpu else None
+    flags = ", ".join(environment["cpu_flags"])
+    where = f"{name}, beside " if name else ""
+    return f"{where}{environment['cpu']} ({flags}), {environment['threads']} threads, torch {environment['torch']}"
+
+
+@cache
+def claims(folder: Path = RESULTS) -> list[Claim]:
+    """Return every stored claim, by result."""
     found = []
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        found += [(path.stem, content, row) for row in content.get("claims", []) if name in row["methods"]]
+        where = machine_of(content["environment"])
+        found += [
+            Claim(path.stem, row["what"], reworded(row["text"]), tuple(row["methods"]), where)
+            for row in content.get("claims", [])
+        ]
     return found
+
+
+def chosen(selector: dict[str, str], method: str | None = None) -> Claim | None:
+    """Return the first claim that ``selector`` of cards.toml names, or None where that was not measured."""
+    method = selector.get("method", method)
+    for claim in claims():
+        fits = claim.result == selector["result"] and claim.what.startswith(selector["what"])
+        if fits and (method is None or method in claim.methods):
+            return claim
+    return None
+
+
+def all_of(name: str) -> list[Claim]:
+    """Return every claim on the method, those that cards.toml names first."""
+    named = [chosen(selector, name) for selector in words()["method"][name]["ours"]]
+    first = list(dict.fromkeys(claim for claim in named if claim is not None))
+    return first + [claim for claim in claims() if name in claim.methods and claim not in first]
+
+
+# -- a card
+
+
+def escaped(text: str) -> str:
+    """Return a docstring's text as Markdown: what is not code in backticks shows as it stands."""
+    parts = re.split(r"(``.+?``|`[^`]+`)", text)
+    return "".join(part if i % 2 else re.sub(r"([*<\[\]|])", r"\\\1", part) for i, part in enumerate(parts))
+
+
+def docstring(cls: type) -> Iterator[str]:
+    """Yield a method's docstring as Markdown: its entries for settings as a list with their defaults, the rest as it is."""
+    defaults = registry.method(cls.spec.name).settings()  # type: ignore[attr-defined]
+    one = "|".join(map(re.escape, defaults))
+    entry = re.compile(rf"^((?:{one})(?: \([^)]*\))?(?:, (?:{one})(?: \([^)]*\))?)*): (.*)")
+    text = re.sub(
+        rf"(?<=[.;] )((?:{one})): ", r"\n\1: ", inspect.cleandoc(cls.__doc__ or "")
+    )  # "layers: ... skip: ..."
+    told, item = set[str](), ""
+    for line in text.splitlines():
+        if begun := entry.match(line):
+            yield from [f"- {item.strip()}"] * bool(item)
+            names = re.findall(rf"\b(?:{one})\b", begun[1])
+            told |= {*names}
+            item = ", ".join(f"`{name}={defaults[name]!r}`" for name in names) + f": {escaped(begun[2])}"
+        elif item and line.startswith("    "):
+            item += f" {escaped(line.strip())}"
+        else:
+            yield from [f"- {item}"] * bool(item)
+            yield from [""] * bool(item)
+            item = ""
+            yield line if line.startswith("    ") else escaped(line)
+    yield from [f"- {item}"] * bool(item)
+    yield from [f"- `{name}={value!r}`" for name, value in defaults.items() if name not in told]
+
+
+def cell(text: str) -> str:
+    """Return ``text`` for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return a table in Markdown."""
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
 
 
 def card(name: str) -> str:
     """Return the card of a method as Markdown."""
-    cls = registry.method_class(name)
-    spec = cls.spec
-    lines = [f"# {name}: {spec.title}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-    lines += ["| | |", "|---|---|", f"| paper | {spec.paper} |", f"| saves | {spec.saves} |", f"| how | {spec.acts} |",
-              f"| writes | {', '.join(sorted(spec.writes))} |", f"| reads | {', '.join(sorted(spec.reads)) or '-'} |",
-              f"| works with | {', '.join(sorted(spec.promises))} |", f"| slower when | {spec.slower_when or '-'} |", ""]  # fmt: skip
-    lines += ["## Settings", "", "| setting | default |", "|---|---|"]
-    lines += [f"| `{key}` | `{value!r}` |" for key, value in registry.method(name).settings().items()]
-    lines += ["", "## Measured", ""]
-    rows = claims_of(name)
-    if rows:
-        lines += ["| what | measured | target | with | benchmark |", "|---|---|---|---|---|"]
-        for result, _, row in rows:
-            verdict = "" if not row["target"] else f"{row['target']}: {'met' if row['met'] else 'missed'}"
-            others = ", ".join(other for other in row["methods"] if other != name) or "-"
-            lines.append(
-                f"| {row['what']} | {row['text']} | {verdict} | {others} | `make bench BENCH={result}` |"
-            )
-        facts = {
-            (c["environment"]["cpu"], c["environment"]["threads"], c["environment"]["torch"])
-            for _, c, _ in rows
-        }
-        lines += [
-            "",
-            *[
-                f"On {cpu}, {threads} threads, torch {torch}."
-                for cpu, threads, torch in sorted(facts, key=str)
-            ],
+    cls, said = registry.method_class(name), words()["method"][name]
+    spec, measured = cls.spec, all_of(name)
+    head = measured[: max(1, len([s for s in said["ours"] if chosen(s, name)]))] if measured else []
+    lines = [f"# {name}", "", f"{spec.title}: it {escaped(spec.acts)}. Source: {escaped(spec.paper)}.", ""]
+    lines += [
+        f"**Use it when** {escaped(said['use_when'])}",
+        "",
+        f"**Not when** {escaped(said['not_when'])}",
+        "",
+    ]
+    lines += ["## The paper's figure and ours", ""]
+    rows = [["paper", row["figure"], row["of"], SOURCES[row["source"]]] for row in said["paper"]]
+    rows += [["ours", claim.text, claim.what, f"`{claim.command}`"] for claim in head]
+    rows += [["ours", NOT_MEASURED, "", f"`make bench BENCH={said['ours'][0]['result']}`"]] * (not head)
+    lines += [*table(["whose", "figure", "of what", "from"], rows), ""]
+    lines += [f"Ours on {where}." for where in dict.fromkeys(claim.machine for claim in measured)]
+    lines += ["", "## In the step", ""]
+    facts = [
+        ["saves", spec.saves],
+        ["writes", ", ".join(sorted(spec.writes))],
+        ["reads", ", ".join(sorted(spec.reads)) or "-"],
+        ["works with", ", ".join(sorted(spec.promises)) or "-"],
+        ["slower when", spec.slower_when or "-"],
+    ]
+    lines += [*table(["", ""], facts), "", "## Settings", "", *docstring(cls), ""]
+    if rest := measured[len(head) :]:
+        others = [
+            [c.what, c.text, ", ".join(o for o in c.methods if o != name) or "-", f"`{c.result}`"]
+            for c in rest
         ]
-    else:
-        lines.append("Nothing yet. On a GPU: not yet measured.")
+        lines += ["## All other figures", "", *table(["what", "measured", "with", "benchmark"], others)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+# -- parts of pages
+
+
 def markers(what: str) -> tuple[str, str]:
-    """Return the lines around a part of the README that is written here."""
+    """Return the lines around a part of a page that is written here."""
     return f"<!-- {what}: written by scripts/make_cards.py -->", f"<!-- end of {what} -->"
 
 
-def methods() -> str:
-    """Return the README's table of the methods, those of one folder together."""
-    begin, end = markers("methods")
+def text_of(entry: str | dict[str, str]) -> str:
+    """Return a cell of cards.toml: words as they stand, or the claim that a selector names, in short."""
+    if isinstance(entry, str):
+        return entry
+    claim = chosen(entry)
+    if claim is None:
+        return NOT_MEASURED
+    short = re.split(r"; (?![^(]*\))", claim.text)[0]  # not within brackets
+    figure = re.sub(r": faster$", "", short).replace("]: ", "], ")
+    return f"{entry.get('label', claim.what)}: {figure}"
+
+
+def gains() -> list[str]:
+    """Return the README's table: what is saved, at which price."""
+    rows = []
+    for row in words()["gain"]:
+        claim = chosen(row["buys"])
+        if claim is not None and claim.is_gain:
+            rows.append([row["title"], text_of(row["buys"]), text_of(row["price"]), f"`{claim.result}`"])
+    where = dict.fromkeys(c.machine for row in words()["gain"] if (c := chosen(row["buys"])) is not None)
+    return [
+        *table(["what", "saves", "at the price of", "benchmark"], rows[:6]),
+        "",
+        *(f"On {w}." for w in where),
+    ]
+
+
+def methods() -> list[str]:
+    """Return the table of all methods, those of one folder together."""
     found = [registry.method_class(name) for name in registry.available()]
     rows = sorted((cls.__module__.split(".")[-2], cls.spec.name, cls.spec) for cls in found)
-    lines = [begin, "| name | how | saves | in `src/hasten/methods` |", "|---|---|---|---|"]
-    lines += [
-        f"| [{name}](docs/methods/{name}.md) | {spec.acts} | {spec.saves} | `{room}` |"
-        for room, name, spec in rows
+    cells = [
+        [f"[{name}](methods/{name}.md)", spec.acts, spec.saves, f"`{room}`"] for room, name, spec in rows
     ]
-    return "\n".join([*lines, end])
+    return table(["name", "how", "saves", "in `src/hasten/methods`"], cells)
 
 
-def results() -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """Return (name, content, claims with a target) of every stored result that has such."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if rows := [row for row in content.get("claims", []) if row["target"]]:
-            found.append((path.stem, content, rows))
-    return found
+def which() -> list[str]:
+    """Return the table of "Which method for me?"."""
+    rows = []
+    for row in words()["which"]:
+        name = row["try"].partition(":")[0]
+        rows.append(
+            [row["have"], f"[`{row['try']}`](methods/{name}.md)", text_of(row["saved"]), text_of(row["cost"])]
+        )
+    return table(["you have", "try", "it saved here", "it costs"], rows)
 
 
-def line(row: dict[str, Any], last: str) -> str:
-    """Return a claim as a row of a table."""
-    verdict = f"{row['target']}: {'met' if row['met'] else 'missed'}"
-    return f"| {', '.join(row['methods']) or 'hasten'}: {row['what']} | {row['text']} | {verdict} | {last} |"
+def verdicts() -> list[str]:
+    """Return every method's verdict."""
+    said = words()["method"]
+    rows = [
+        [f"[{n}](methods/{n}.md)", said[n]["use_when"], said[n]["not_when"]] for n in registry.available()
+    ]
+    return table(["method", "use it when", "not when"], rows)
 
 
-def machines() -> list[str]:
-    """Return where the results were measured, a line each."""
-    facts = [content["environment"] for _, content, _ in results()]
-    return sorted(
-        {
-            f"On {f['cpu']} ({', '.join(f['cpu_flags'])}), {f['threads']} threads, torch {f['torch']}."
-            for f in facts
+def hardware() -> list[str]:
+    """Return what was measured on which machine."""
+    where: dict[str, list[str]] = {}
+    for claim in claims():
+        where.setdefault(claim.machine, []).append(claim.result)
+    rows = [
+        [machine, ", ".join(f"`{r}`" for r in dict.fromkeys(results))] for machine, results in where.items()
+    ]
+    return table(["machine", "benchmarks"], rows)
+
+
+def gpu() -> list[str]:
+    """Return what was measured on a GPU."""
+    rows = [
+        [", ".join(c.methods) or "hasten", c.what, c.text, c.machine]
+        for c in claims()
+        if "beside" in c.machine
+    ]
+    if not rows:
+        return ["Nothing has been measured on a GPU yet."]
+    return table(["method", "what", "measured", "machine"], rows)
+
+
+def everything() -> list[str]:
+    """Return every claim."""
+    rows = [[", ".join(c.methods) or "hasten", c.what, c.text, f"`{c.result}`"] for c in claims()]
+    return table(["method", "what", "measured", "benchmark"], rows)
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "gains": gains,
+    "methods": methods,
+    "which": which,
+    "verdicts": verdicts,
+    "hardware": hardware,
+    "gpu": gpu,
+    "everything": everything,
+}
+
+
+def filled(page: str) -> str:
+    """Return a page with its parts written anew."""
+    for name, part in PARTS.items():
+        begin, end = markers(name)
+        if begin in page:
+            page = "\n".join([page[: page.index(begin)] + begin, *part(), page[page.index(end) :]])
+    return page
+
+
+def measured_json() -> str:
+    """Return the package's data on what each method was measured to do."""
+    rows = {}
+    for name in registry.available():
+        said, found = words()["method"][name], all_of(name)
+        rows[name] = {
+            "gain": f"{found[0].text} ({found[0].what})" if found else NOT_MEASURED,
+            "paper": f"{said['paper'][0]['figure']} ({said['paper'][0]['of']})",
+            "use_when": said["use_when"],
+            "not_when": said["not_when"],
+            "machine": found[0].machine if found else "",
+            "command": found[0].command if found else f"make bench BENCH={said['ours'][0]['result']}",
         }
-    )
+    return json.dumps({"methods": rows}, indent=1, ensure_ascii=False) + "\n"
 
 
-def table() -> str:
-    """Return the README's table: the first claim of every result, and how many of all its targets were met."""
-    begin, end = markers("measured")
-    lines = [begin, "| first claim | measured | target | all targets of the benchmark |", "|---|---|---|---|"]
-    for name, _, rows in results():
-        met = sum(bool(row["met"]) for row in rows)
-        lines.append(line(rows[0], f"{met} of {len(rows)} met, `{name}`"))
-    return "\n".join([*lines, "", *machines(), end])
-
-
-def everything() -> str:
-    """Return the page with every claim that has a target."""
-    lines = ["# Measured", "", "Every claim that has a target, met or missed; written by scripts/make_cards.py.", "",
-             "| what | measured | target | benchmark |", "|---|---|---|---|"]  # fmt: skip
-    lines += [line(row, f"`{name}`") for name, _, rows in results() for row in rows]
-    return "\n".join([*lines, "", *machines(), ""])
+def documents() -> dict[Path, str]:
+    """Return every file that is written here, with what it should hold."""
+    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    wanted = {path: filled(path.read_text(encoding="utf-8")) for path in pages}
+    wanted |= {DOCS / f"methods/{name}.md": card(name) for name in registry.available()}
+    return wanted | {ROOT / "src/hasten/measured.json": measured_json()}
 
 
 def main() -> int:
-    """Write the cards, or check them; return the exit code."""
-    stale = []
-    for name in registry.available():
-        path, text = CARDS / f"{name}.md", card(name)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
-            if "--check" not in sys.argv:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-    page = ROOT / "docs/measured.md"
-    if not page.exists() or page.read_text(encoding="utf-8") != everything():
-        stale.append("docs/measured.md")
-        if "--check" not in sys.argv:
-            page.write_text(everything(), encoding="utf-8")
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = old
-    for text in (methods(), table()):
-        begin, *_, end = text.splitlines()
-        new = new[: new.index(begin)] + text + new[new.index(end) + len(end) :]
-    if new != old:
-        stale.append("README.md")
-        if "--check" not in sys.argv:
-            readme.write_text(new, encoding="utf-8")
-    if "--check" in sys.argv and stale:
-        print(f"stale cards: {', '.join(stale)}; run python scripts/make_cards.py")
-        return 1
+    """Write the documents, or check them; return the exit code."""
+    stale = [
+        path
+        for path, text in documents().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv:
+        if stale:
+            print(
+                f"out of date: {', '.join(str(p.relative_to(ROOT)) for p in stale)}; run python scripts/make_cards.py"
+            )
+        return bool(stale)
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(documents()[path], encoding="utf-8")
     return 0
 
 
