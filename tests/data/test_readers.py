@@ -13,10 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hasten.data import embedded_set, load
+from hasten.data import DataSet, embedded_set, load
 from hasten.data.cifar import read_cifar10, read_cifar100
 from hasten.data.idx import CLOTHES, read_idx, read_idx_pair
-from hasten.data.images import DataSet
 from hasten.data.norb import STEMS, read_matrix, read_norb
 from hasten.data.npz import load_npz
 from hasten.data.registry import available

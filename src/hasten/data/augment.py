@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import keyed
+from hasten.data.mix import Cutmix, Mix, Mixup
 from hasten.errors import SettingsError
 
 Index = NDArray[np.int64]
 # A batch transform: (pixels (B, H, W, C), sample numbers (B,), epoch, seed) -> pixels of the same shape and
-# dtype.
-Transform = Callable[[Tensor, Index, int, int], Tensor]
+# dtype; or a Mix, which also changes the labels.
+Transform = Callable[[Tensor, Index, int, int], Tensor] | Mix
 
 
 class Geometric:
@@ -153,3 +154,15 @@ def gather(pixels: Tensor, images: Index, rows: Index, cols: Index) -> Tensor:
         black = torch.from_numpy((rows < 0)[:, :, None] | (cols < 0)[:, None, :]).to(pixels.device)
         out.masked_fill_(black[..., None], 0)
     return out
+
+
+# The augmentations that recipes know by name.
+BY_NAME: dict[str, Transform] = {
+    "crop": Crop(pad=4),
+    "crop2": Crop(pad=2),
+    "flip": Flip(),
+    "alternating_flip": AlternatingFlip(),
+    "cutout": Cutout(size=8),
+    "mixup": Mixup(),
+    "cutmix": Cutmix(),
+}

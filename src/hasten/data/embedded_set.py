@@ -14,8 +14,9 @@ from importlib.resources import files
 
 import numpy as np
 
+from hasten.data.dataset import DataSet
 from hasten.data.idx import CLOTHES
-from hasten.data.images import DataSet, Images
+from hasten.data.images import Images
 from hasten.errors import DataError
 
 NAME = "fashion-mnist-12k"

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.data.images import DataSet, Images, blame
+from hasten.data.dataset import DataSet
+from hasten.data.images import Images, blame
 from hasten.data.memory import check_memory
 from hasten.errors import DataError, UnsupportedError
 

@@ -1,11 +1,13 @@
-"""Images in memory and the pair of train and test images that every reader returns."""
+"""Labelled images in memory."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +87,14 @@ class Images:
         std = np.sqrt((share * (value - mean[:, None]) ** 2).sum(1))
         return tuple(map(float, mean)), tuple(map(float, std))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of every label, every pixel and the class names: other data has another one."""
+        digest = hashlib.sha256(repr((self.pixels.shape, self.classes, self.stats)).encode())
+        digest.update(self.labels.data)
+        digest.update(self.pixels.data)
+        return digest.hexdigest()[:16]
+
     def take(self, index: NDArray[np.int64]) -> Images:
         """Return the images at ``index`` (int64, any order), as a copy. Given stats stay."""
         index = np.asarray(index)
@@ -111,85 +121,74 @@ class Images:
             np.sort(np.concatenate(self._by_class(np.full(classes, n // classes), n % classes, seed)))
         )
 
+    def cut(self, fraction: float, seed: int = 0) -> tuple[Images, Images]:
+        """Return (the rest, a part of ``fraction`` of the images), each in its present order.
+
+        Every class gives the same fraction, rounded, at least one image; which ones is keyed by (seed, image
+        number). Raises DataError where a class has one image only, and so cannot be in both.
+        """
+        held = held_out(self.labels, self.classes, fraction, seed)
+        return self.take(np.setdiff1d(np.arange(len(self)), held)), self.take(held)
+
     def _by_class(self, counts: NDArray[np.int64], extra: int, seed: int) -> list[NDArray[np.int64]]:
         """Pick counts[c] images of each class c, one more for the first ``extra`` of a keyed order."""
-        draw = keyed.uniform(np.arange(len(self)), 1, seed, "stratified")[:, 0]
         counts = counts.copy()
         counts[keyed.permutation(len(counts), seed, "stratified classes")[:extra]] += 1
-        chosen = []
-        for label, count in enumerate(counts):
-            members = np.flatnonzero(self.labels == label)
-            if count > len(members):
-                raise DataError(
-                    f"class {self.classes[label]!r} has {len(members)} images, but equal shares need {count}."
-                )
-            chosen.append(members[np.argsort(draw[members], kind="stable")[:count]])
-        return chosen
+        sizes = np.bincount(self.labels, minlength=len(counts))
+        if len(short := np.flatnonzero(counts > sizes)):
+            name, size, count = self.classes[short[0]], sizes[short[0]], counts[short[0]]
+            raise DataError(f"class {name!r} has {size} images, but equal shares need {count}.")
+        return _chosen(self.labels, counts, seed)
 
 
-@dataclass(frozen=True, eq=False)
-class DataSet:
-    """A data set: its training and test images, which share classes and image shape.
-
-    flip_ok says whether a horizontal flip keeps the label (not so for digits). The test images are normalised
-    by the mean and std of the training images. Raises DataError where the two do not fit or training has one
-    class only.
-    """
-
-    name: str
-    train: Images
-    test: Images
-    flip_ok: bool
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.train.classes != self.test.classes:
-            problems.append(f"train and test differ in classes: {self.train.classes} and {self.test.classes}")
-        if self.train.shape != self.test.shape:
-            problems.append(
-                f"train images are {self.train.shape}, test images {self.test.shape}; they must be alike"
-            )
-        if len(np.unique(self.train.labels)) < 2:
-            only = self.train.classes[int(self.train.labels[0])]
-            problems.append(
-                f"all training images are of one class, {only!r}; at least two classes are needed"
-            )
-        if problems:
-            raise DataError(f"data set {self.name!r}: " + "; ".join(problems) + ".")
-        std = tuple(max(value, 1 / 255) for value in self.train.std)
-        object.__setattr__(self, "test", replace(self.test, stats=(self.train.mean, std)))
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Return the class names."""
-        return self.train.classes
-
-    def stratified(self, train: int | None = None, test: int | None = None, seed: int = 0) -> DataSet:
-        """Return a smaller set with equal class shares: ``train`` and ``test`` images (None keeps all)."""
-        return replace(
-            self,
-            train=self.train if train is None else self.train.stratified(train, seed),
-            test=self.test if test is None else self.test.stratified(test, seed),
+def held_out(
+    labels: NDArray[np.int64], classes: tuple[str, ...], fraction: float, seed: int
+) -> NDArray[np.int64]:
+    """Return the sorted numbers of a stratified part of ``labels``; see ``Images.cut``."""
+    if not 0 < fraction < 1:
+        raise DataError(f"the fraction to hold out must lie between 0 and 1, got {fraction}.")
+    sizes = np.bincount(labels, minlength=len(classes))
+    if single := [classes[label] for label in np.flatnonzero(sizes == 1)]:
+        raise DataError(
+            f"class {', '.join(map(repr, single[:5]))} has one training image, so it cannot be in both parts: add "
+            "images, or give a test part of your own."
         )
+    counts = np.clip(
+        np.rint(sizes * fraction).astype(np.int64), np.minimum(sizes, 1), np.maximum(sizes - 1, 0)
+    )
+    return np.sort(np.concatenate(_chosen(labels, counts, seed)))
 
-    def split_validation(self, fraction: float = 0.1, seed: int = 0) -> DataSet:
-        """Return a set for tuning: a share of the training images becomes its test images; the true test is
-        gone.
 
-        Each class gives the same fraction (rounded, at least one image). The name says that it is a split.
-        """
-        if not 0 < fraction < 1:
-            raise DataError(f"the validation fraction must lie between 0 and 1, got {fraction}.")
-        sizes = np.bincount(self.train.labels, minlength=len(self.classes))
-        if sizes[sizes > 0].min() < 2:
-            small = self.classes[int(np.argmin(np.where(sizes > 0, sizes, sizes.max())))]
-            raise DataError(f"class {small!r} has one training image, so it cannot be in both parts.")
-        counts = np.clip(
-            np.rint(sizes * fraction).astype(np.int64), np.minimum(sizes, 1), np.maximum(sizes - 1, 0)
+def _chosen(labels: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+    """Return counts[c] numbers of each class c, keyed by (seed, number)."""
+    draw = keyed.uniform(np.arange(len(labels)), 1, seed, "stratified")[:, 0]
+    members = [np.flatnonzero(labels == label) for label in range(len(counts))]
+    return [
+        own[np.argsort(draw[own], kind="stable")[:count]] for own, count in zip(members, counts, strict=True)
+    ]
+
+
+def as_labels(key: str, labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Return ``labels`` ((N,) or (N, 1), any integers) as int64 (N,). Raises DataError, naming them ``key``."""
+    if labels.dtype.kind not in "iu":
+        hint = "; class names go into classes" if labels.dtype.kind in "US" else ""
+        hint = (
+            f"; give one-hot labels as {key}.argmax(1)" if labels.ndim == 2 and labels.shape[1] > 1 else hint
         )
-        held = np.sort(np.concatenate(self.train._by_class(counts, 0, seed)))
-        rest = np.setdiff1d(np.arange(len(self.train)), held)
-        return DataSet(f"{self.name}:validation", self.train.take(rest), self.train.take(held), self.flip_ok)
+        raise DataError(f"{key} must be integers, got {labels.dtype}{hint}.")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise DataError(
+            f"{key} must have shape (images,), got {labels.shape}; give one-hot labels as {key}.argmax(1)."
+        )
+    if labels.dtype == np.uint64 and len(labels) and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{key} has the label {labels.max()}.")
+    if len(labels) and labels.max() >= 1_000_000:
+        raise DataError(
+            f"{key} has the label {labels.max()}: more than a million classes are not believable."
+        )
+    return labels.astype(np.int64)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from hasten import keyed
 from hasten.data.augment import Geometric, Transform, gather, moved
 from hasten.data.images import Images
+from hasten.data.mix import Mix, mixed
 from hasten.errors import DataError, SettingsError
 
 
@@ -20,12 +21,13 @@ class Batch(NamedTuple):
     """One batch, all of it on the loader's device.
 
     inputs: (B, C, H, W) of the loader's dtype, in channels_last memory. targets: int64 (B,). index: int64
-    (B,), the samples' numbers in the Images.
+    (B,), the samples' numbers in their part of the data, or None where a DataLoader of the user's keeps them to
+    itself. After mixup or cutmix, targets are soft: floating point (B, classes).
     """
 
     inputs: Tensor
     targets: Tensor
-    index: Tensor  # type: ignore[assignment]  # The field's name for it; hides tuple.index.
+    index: Tensor | None  # type: ignore[assignment]  # The field's name for it; hides tuple.index.
 
 
 class Loader:
@@ -64,8 +66,9 @@ class Loader:
                 f"take {len(images)} or fewer."
             )
         self.geometric = [step for step in augment if isinstance(step, Geometric)]
-        self.other = [step for step in augment if not isinstance(step, Geometric)]
-        if [*self.geometric, *self.other] != list(augment):
+        self.other = [step for step in augment if not isinstance(step, Geometric | Mix)]
+        self.mixes = [step for step in augment if isinstance(step, Mix)]
+        if [*self.geometric, *self.other, *self.mixes] != list(augment):
             raise SettingsError(f"put crops and flips before the other transforms, got {list(augment)}.")
         self.images = images
         self.batch_size = batch_size
@@ -87,6 +90,11 @@ class Loader:
         whole, rest = divmod(len(self.images), self.batch_size)
         return whole if self.drop_last or rest == 0 else whole + 1
 
+    @property
+    def samples(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample numbers of an epoch in their order, int64 (N,)."""
         n = len(self.images)
@@ -94,10 +102,7 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from step ``start`` on; start = len(loader) yields none."""
-        if epoch < 0:
-            raise SettingsError(f"epoch must be 0 or more, got {epoch}.")
-        if not 0 <= start <= len(self):
-            raise SettingsError(f"start must lie in 0..{len(self)} (the steps of an epoch), got {start}.")
+        check_position(epoch, start, len(self))
         return self._steps(epoch, start)
 
     def _steps(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -118,4 +123,15 @@ class Loader:
         x = pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
         for step in self.other:
             x = step(x, index, epoch, self.seed)
-        return Batch(x.permute(0, 3, 1, 2).to(self.dtype), self._labels.index_select(0, where), where)
+        targets = self._labels.index_select(0, where)
+        if self.mixes:
+            x, targets = mixed(self.mixes, x, targets, len(self.images.classes), index, epoch, self.seed)
+        return Batch(x.permute(0, 3, 1, 2).to(self.dtype), targets, where)
+
+
+def check_position(epoch: int, start: int, steps: int) -> None:
+    """Raise SettingsError where there is no such epoch, or no step ``start`` among its ``steps``."""
+    if epoch < 0:
+        raise SettingsError(f"epoch must be 0 or more, got {epoch}.")
+    if not 0 <= start <= steps:
+        raise SettingsError(f"start must lie in 0..{steps} (the steps of an epoch), got {start}.")

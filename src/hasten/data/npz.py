@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.data.images import DataSet, Images, blame, numbered
+from hasten.data.dataset import DataSet
+from hasten.data.images import Images, as_labels, blame, numbered
 from hasten.data.memory import check_memory
 from hasten.errors import DataError
 
@@ -32,9 +33,9 @@ def load_npz(path: Path) -> DataSet:
     """
     with blame(path):
         arrays = _arrays(path)
-        labels = {key: _labels(key, arrays[key]) for key in ("y_train", "y_test")}
+        labels = {key: as_labels(key, arrays[key]) for key in ("y_train", "y_test")}
         if "classes" in arrays:
-            names = tuple(str(name) for name in np.atleast_1d(arrays["classes"]))
+            names = _names(arrays["classes"])
         else:
             names = numbered(int(max(0, *(y.max() for y in labels.values() if len(y)), -1)) + 1)
         parts = []
@@ -96,17 +97,10 @@ def _checked_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo, key: str) -> 
     return size
 
 
-def _labels(key: str, labels: NDArray[Any]) -> NDArray[np.int64]:
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{key} must be integers, got {labels.dtype}.")
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise DataError(f"{key} must have shape (images,), got {labels.shape}.")
-    if labels.dtype == np.uint64 and len(labels) and labels.max() > np.iinfo(np.int64).max:
-        raise DataError(f"{key} has the label {labels.max()}.")
-    if len(labels) and labels.max() >= 1_000_000:
-        raise DataError(
-            f"{key} has the label {labels.max()}: more than a million classes are not believable."
+def _names(classes: NDArray[Any]) -> tuple[str, ...]:
+    try:
+        return tuple(
+            name.decode() if isinstance(name, bytes) else str(name) for name in np.atleast_1d(classes)
         )
-    return labels.astype(np.int64)
+    except UnicodeDecodeError as error:
+        raise DataError(f"classes holds a name that is not UTF-8 text: {error.object!r}.") from error

@@ -8,9 +8,9 @@ from pathlib import Path
 from hasten import errors
 from hasten.data import embedded_set
 from hasten.data.archive import extract
+from hasten.data.dataset import DataSet
 from hasten.data.fetch import fetch
 from hasten.data.folder import load_folder
-from hasten.data.images import DataSet
 from hasten.data.npz import load_npz
 from hasten.data.standard import STANDARD, Standard
 from hasten.errors import DataError
