@@ -1,8 +1,8 @@
-"""The shortened-baseline control: how long plain training needs for the accuracy a method reached.
+"""The time-accuracy curve of one way of training, and how much sooner another gets to the same accuracy.
 
-A method that only equals "train less" must come out as 1.0x. So its time is compared with the baseline's own
-time/accuracy curve, measured at several budgets (each with its learning rate fully decayed), read at the
-method's accuracy. The curve is never extended beyond what was measured.
+Every arm is trained at several budgets, each a whole run with its schedule fully decayed. Mean accuracies, made
+monotone, are interpolated between the budgets and never extended beyond them; the time to an accuracy is read off that
+curve. A method that is nothing but shorter training lies on the baseline's own curve, so it comes out at 1.0.
 """
 
 from __future__ import annotations
@@ -10,207 +10,270 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import SettingsError
-from hasten.keyed import key64
-from hasten.measure.verdict import Verdict, ratio_text, verdict_of
 
 Floats = NDArray[np.float64]
 
+GRID = 121
+"""Budgets at which a curve is looked at for its interval, evenly spaced in their logarithm."""
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """The baseline at one budget: seconds and accuracy of each seed, in the same order.
 
-    ``budget`` is the share of the full schedule (e.g. 0.65).
+@dataclass(frozen=True, eq=False)
+class TimeCurve:
+    """An arm at K budgets, n seeds each.
+
+    budgets: epochs or anything proportional to them, (K,), rising. seconds: (K, n), NaN where a time is left out or the
+    run failed. accuracies: (K, n), NaN where the run failed. Column i of every arm's arrays is the same block. Raises
+    SettingsError for other shapes, a time that is not above 0, and a budget at which no run finished.
     """
 
-    budget: float
-    seconds: tuple[float, ...]
-    accuracies: tuple[float, ...]
+    budgets: Floats
+    seconds: Floats
+    accuracies: Floats
 
     def __post_init__(self) -> None:
-        if not self.seconds or len(self.seconds) != len(self.accuracies):
+        for name in ("budgets", "seconds", "accuracies"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        shape = (*self.budgets.shape, self.seconds.shape[-1] if self.seconds.ndim else 0)
+        if self.budgets.ndim != 1 or self.seconds.shape != shape or self.accuracies.shape != shape or 0 in shape:
             raise SettingsError(
-                f"budget {self.budget}: need one time and one accuracy per seed, "
-                f"got {len(self.seconds)} and {len(self.accuracies)}."
+                f"a curve needs budgets (K,), seconds and accuracies (K, n); got {self.budgets.shape}, "
+                f"{self.seconds.shape}, {self.accuracies.shape}."
             )
-        if not all(map(math.isfinite, (*self.seconds, *self.accuracies))) or min(self.seconds) <= 0:
-            raise SettingsError(f"budget {self.budget}: times must be above 0 s and all values finite.")
+        if not (self.budgets > 0).all() or not (np.diff(self.budgets) > 0).all():
+            raise SettingsError(f"budgets must be above 0 and rise, got {self.budgets.tolist()}.")
+        if (self.seconds <= 0).any() or np.isinf(self.seconds).any() or np.isinf(self.accuracies).any():
+            raise SettingsError("times must be above 0 s and all values finite.")
+        if np.isnan(self.accuracies).all(1).any():
+            raise SettingsError("at one budget no run finished, so it is no point of a curve.")
 
+    @cached_property
+    def place(self) -> Floats:
+        """Logarithms of the budgets, (K,)."""
+        return np.log(self.budgets)
 
-@dataclass(frozen=True)
-class CurveTime:
-    """Baseline seconds at an accuracy, with a bootstrap interval; None and a ``reason`` where not known."""
+    @cached_property
+    def means(self) -> Floats:
+        """Mean accuracy at each budget, (K,)."""
+        return np.asarray(np.nanmean(self.accuracies, axis=1))
 
-    accuracy: float
-    seconds: float | None
-    low: float | None
-    high: float | None
-    reason: str
+    @cached_property
+    def levels(self) -> Floats:
+        """Mean accuracies made non-decreasing in the budget, weighted by the number of runs, (K,)."""
+        return isotonic(self.means, self.counts)
 
+    @cached_property
+    def counts(self) -> Floats:
+        """Finished runs at each budget, (K,)."""
+        return (~np.isnan(self.accuracies)).sum(1).astype(np.float64)
 
-@dataclass(frozen=True)
-class CurveSpeedup:
-    """Baseline's time at the method's accuracy over the method's; None and a ``reason`` outside the curve."""
+    @cached_property
+    def grid(self) -> Floats:
+        """Log budgets from the smallest to the largest; one where there is only one budget."""
+        if len(self.place) == 1:
+            return self.place
+        return np.unique(np.concatenate([np.linspace(self.place[0], self.place[-1], GRID), self.place]))
 
-    ratio: float | None
-    low: float | None
-    high: float | None
-    accuracy: float
-    method_seconds: float
-    baseline_seconds: float | None
-    reason: str
+    @cached_property
+    def heights(self) -> Floats:
+        """The curve on the grid: monotone cubic (PCHIP) through the levels."""
+        from scipy.interpolate import PchipInterpolator
 
-    @property
-    def verdict(self) -> Verdict:
-        """The claim the interval allows; without an interval nothing is shown."""
-        return "not shown" if self.low is None or self.high is None else verdict_of(self.low, self.high)
+        if len(self.place) == 1:
+            return self.levels
+        return np.asarray(PchipInterpolator(self.place, self.levels)(self.grid))
 
-    def text(self) -> str:
-        """Return e.g. ``1.12x [1.05, 1.20]: faster``, or the reason why there is no figure."""
-        if self.ratio is None:
-            return f"no figure: {self.reason}"
-        if self.low is None or self.high is None:
-            return f"{self.ratio:.2f}x [no interval: {self.reason}]: not shown"
-        return ratio_text(self.ratio, self.low, self.high)
+    @cached_property
+    def times(self) -> Floats:
+        """Each block's log time on the grid, (len(grid), n)."""
+        return self.log_seconds(self.grid)
+
+    def accuracy(self, place: ArrayLike) -> Floats:
+        """Return the curve at log budgets, those outside brought to the nearest end."""
+        return np.asarray(np.interp(np.asarray(place, np.float64), self.grid, self.heights))
+
+    def log_seconds(self, place: ArrayLike) -> Floats:
+        """Return each block's log time at log budgets (m,), (m, n): linear between the budgets that block timed.
+
+        Beyond those it follows the nearest with time proportional to the budget. NaN for a block without any time.
+        """
+        at = np.atleast_1d(np.asarray(place, np.float64))
+        out = np.full((len(at), self.seconds.shape[1]), np.nan)
+        for block, column in enumerate(np.log(self.seconds).T):
+            known = ~np.isnan(column)
+            if known.any():
+                x, y = self.place[known], column[known]
+                out[:, block] = np.interp(at, x, y) + np.minimum(at - x[0], 0) + np.maximum(at - x[-1], 0)
+        return out
+
+    def mean_seconds(self, place: ArrayLike) -> Floats:
+        """Return the geometric mean over blocks of the time at log budgets (m,), (m,)."""
+        return np.asarray(np.exp(np.nanmean(self.log_seconds(place), axis=1)))
+
+    def find(self, accuracy: float) -> float:
+        """Return the first log budget at which the curve reaches ``accuracy``; -inf below the smallest, inf if never."""
+        if accuracy > self.heights[-1]:
+            return math.inf
+        if accuracy < self.heights[0]:
+            return -math.inf
+        right = int(np.argmax(self.heights >= accuracy))
+        if right == 0:
+            return float(self.grid[0])
+        (x0, x1), (y0, y1) = self.grid[right - 1 : right + 1], self.heights[right - 1 : right + 1]
+        return float(x0 + (x1 - x0) * (accuracy - y0) / (y1 - y0))
+
+    def error(self, place: ArrayLike, pooled: tuple[float, float]) -> tuple[Floats, Floats]:
+        """Return (standard error of the curve, its degrees of freedom) at log budgets (m,), each (m,).
+
+        From the spread over seeds at the two budgets around. With few seeds that spread is itself a guess, so it is
+        drawn towards ``pooled`` = (variance, weight in degrees of freedom), what all arms' budgets show.
+        """
+        own = self.counts - 1
+        spread = np.where(own > 0, np.nanvar(self.accuracies, axis=1) * self.counts / np.maximum(own, 1), 0.0)
+        variance, weight = pooled
+        freedom = own + weight
+        moderated = np.divide(own * spread + weight * variance, freedom, out=np.zeros_like(own), where=freedom > 0)
+        at = np.atleast_1d(np.asarray(place, np.float64))
+        if len(self.place) == 1:
+            right = np.zeros(len(at), np.int64)
+            share = np.ones(len(at))
+        else:
+            right = np.clip(np.searchsorted(self.place, at), 1, len(self.place) - 1)
+            share = np.clip((at - self.place[right - 1]) / (self.place[right] - self.place[right - 1]), 0, 1)
+        parts = np.stack([(1 - share) ** 2 * (moderated / self.counts)[right - 1], share**2 * (moderated / self.counts)[right]])
+        total = parts.sum(0)
+        squares = parts**2 / np.maximum(np.stack([freedom[right - 1], freedom[right]]), 1e-9)
+        return np.sqrt(total), np.divide(total**2, squares.sum(0), out=np.ones_like(total), where=squares.sum(0) > 0)
 
 
 def isotonic(values: ArrayLike, weights: ArrayLike) -> Floats:
-    """Return the non-decreasing sequence nearest in weighted squares (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for value, weight in zip(np.asarray(values, float), np.asarray(weights, float), strict=True):
-        pools.append([float(value), float(weight), 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            value_, weight_, count = pools.pop()
-            total = pools[-1][1] + weight_
-            pools[-1] = [
-                (pools[-1][0] * pools[-1][1] + value_ * weight_) / total,
-                total,
-                pools[-1][2] + count,
-            ]
-    return np.concatenate([np.full(int(count), value) for value, _, count in pools])
+    """Return the non-decreasing sequence nearest in weighted squares."""
+    from scipy.optimize import isotonic_regression
+
+    return np.asarray(isotonic_regression(np.asarray(values, float), weights=np.asarray(weights, float)).x)
 
 
-def time_at_accuracy(
-    points: Sequence[CurvePoint],
-    accuracy: float,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> CurveTime:
-    """Return the seconds plain training needs for ``accuracy``, read off the measured curve.
+@dataclass(frozen=True)
+class Span:
+    """A value with its interval; ``low`` may be 0 and ``high`` infinite where the runs do not bound that side."""
 
-    Mean accuracies are made non-decreasing in time (isotonic) and the time is interpolated by a monotone
-    cubic (PCHIP). On a plateau the earliest time counts, in the baseline's favour. The interval resamples
-    seeds inside each budget and takes percentiles widened for few seeds (expanded percentile bootstrap,
-    Hesterberg 2015, with the smallest number of seeds: our choice). With 4 seeds or fewer it is in effect the
-    whole range of the resamples. Resamples whose curve does not span the accuracy push the end they fell out
-    of to 0 or infinity.
+    value: float
+    low: float
+    high: float
 
-    Raises:
-        SettingsError: fewer than two budgets are given.
+
+BORROWED = 4.0
+"""Degrees of freedom that the spread of all arms lends to each budget's own (our choice; see `TimeCurve.error`)."""
+
+
+def pooled_spread(curves: Sequence[TimeCurve]) -> tuple[float, float]:
+    """Return the variance of accuracies over seeds, pooled over all budgets, and the weight it gets in each of them."""
+    squares = sum(float(np.nansum(np.nanvar(c.accuracies, axis=1) * c.counts)) for c in curves)
+    freedom = sum(float((c.counts - 1).sum()) for c in curves)
+    return (squares / freedom, min(BORROWED, freedom)) if freedom > 0 else (0.0, 0.0)
+
+
+def time_to(curve: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95) -> Span | None:
+    """Return the seconds at which ``curve`` reaches ``accuracy``; None where the mean curve does not, or begins above."""
+    place = curve.find(accuracy)
+    if not math.isfinite(place):
+        return None
+    value = float(curve.mean_seconds(place)[0])
+    if _one_seed(curve):
+        return Span(value, 0.0, math.inf)
+    return _interval(value, [_Side(curve, accuracy, pooled, 1.0)], curve.log_seconds(place)[0], confidence)
+
+
+def sooner(
+    baseline: TimeCurve, arm: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95
+) -> Span | None:
+    """Return how much sooner ``arm`` reaches ``accuracy``: the baseline's time over the arm's, above 1 is sooner.
+
+    The interval holds every ratio that the runs do not contradict: for two times to be right, each curve's accuracy
+    there must be the target up to its error over seeds, and their ratio may differ by the spread of the blocks' paired
+    times; the squares of these deviations together stay below the squared t quantile. Where a curve may end below the
+    accuracy, or begin above it, that end is open (0 or infinity). None where a mean curve does not reach the accuracy
+    or begins above it.
     """
-    _check(points)
-    value, reason = _read([(np.array(p.seconds), np.array(p.accuracies)) for p in points], accuracy)
-    if not math.isfinite(value) or value == 0.0:
-        return CurveTime(accuracy, None, None, None, reason)
-    thin = _one_seed(points)
-    if thin:
-        return CurveTime(accuracy, value, None, None, thin)
-    rng = np.random.Generator(np.random.Philox(key64(seed, "curve", resamples)))
-    draws = [_read(_resample(points, rng), accuracy)[0] for _ in range(resamples)]
-    low, high = _ends(draws, confidence, min(len(point.seconds) for point in points))
-    return CurveTime(accuracy, value, low, high, "")
+    places = [baseline.find(accuracy), arm.find(accuracy)]
+    if not all(map(math.isfinite, places)):
+        return None
+    paired = baseline.log_seconds(places[0])[0] - arm.log_seconds(places[1])[0]
+    if np.isnan(paired).all():
+        return None
+    value = float(np.exp(np.nanmean(paired)))
+    if _one_seed(baseline) or _one_seed(arm):
+        return Span(value, 0.0, math.inf)
+    sides = [_Side(baseline, accuracy, pooled, 1.0), _Side(arm, accuracy, pooled, -1.0)]
+    return _interval(value, sides, paired, confidence)
 
 
-def speedup_against_curve(
-    points: Sequence[CurvePoint],
-    seconds: ArrayLike,
-    accuracies: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> CurveSpeedup:
-    """Return the method's speedup over the baseline *of equal accuracy*.
-
-    ``seconds`` and ``accuracies`` hold the method's runs, shape (seeds,), same units as in ``points``. The
-    bootstrap resamples the method's seeds and each budget's seeds.
-
-    Raises:
-        SettingsError: fewer than two budgets, or the method's lists are empty or differ in length.
-    """
-    _check(points)
-    method = CurvePoint(1.0, tuple(map(float, np.ravel(seconds))), tuple(map(float, np.ravel(accuracies))))
-    took, accuracy = float(np.mean(method.seconds)), float(np.mean(method.accuracies))
-    value, reason = _read([(np.array(p.seconds), np.array(p.accuracies)) for p in points], accuracy)
-    if not math.isfinite(value) or value == 0.0:
-        return CurveSpeedup(None, None, None, accuracy, took, None, reason)
-    thin = _one_seed([*points, method])
-    if thin:
-        return CurveSpeedup(value / took, None, None, accuracy, took, value, thin)
-    rng = np.random.Generator(np.random.Philox(key64(seed, "curve speedup", resamples)))
-    draws = []
-    for _ in range(resamples):
-        (mine,) = _resample([method], rng)
-        base = _read(_resample(points, rng), float(mine[1].mean()))[0]
-        draws.append(base / float(mine[0].mean()))
-    low, high = _ends(draws, confidence, min(len(point.seconds) for point in (*points, method)))
-    return CurveSpeedup(value / took, low, high, accuracy, took, value, "")
+def bound(baseline: TimeCurve, arm: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95) -> float:
+    """Return a lower bound of `sooner` that also holds where the baseline never reaches ``accuracy``; 0 for none."""
+    place = arm.find(accuracy)
+    if not math.isfinite(place) or _one_seed(baseline) or _one_seed(arm):
+        return 0.0
+    paired = baseline.log_seconds(baseline.place[-1])[0] - arm.log_seconds(place)[0]
+    if np.isnan(paired).all():
+        return 0.0
+    sides = [_Side(baseline, accuracy, pooled, 1.0), _Side(arm, accuracy, pooled, -1.0)]
+    return _interval(float(np.exp(np.nanmean(paired))), sides, paired, confidence).low
 
 
-def _check(points: Sequence[CurvePoint]) -> None:
-    if len(points) < 2:
-        raise SettingsError(f"a time/accuracy curve needs at least 2 budgets, got {len(points)}.")
+def _one_seed(curve: TimeCurve) -> bool:
+    return float(curve.counts.min()) < 2
 
 
-def _one_seed(points: Sequence[CurvePoint]) -> str:
-    thin = [point for point in points if len(point.seconds) < 2]
-    return "one seed only at " + ", ".join(f"budget {point.budget:g}" for point in thin) if thin else ""
+class _Side:
+    """One curve's say in a log time: what each log budget costs, in squared standard errors of accuracy."""
+
+    def __init__(self, curve: TimeCurve, accuracy: float, pooled: tuple[float, float], sign: float) -> None:
+        grid = curve.grid
+        error, freedom = curve.error(grid, pooled)
+        # no spread at all among the seeds: then only the mean curve itself decides
+        error = np.maximum(error, 1e-12)
+        off = (curve.heights - accuracy) / error
+        at = np.clip(curve.find(accuracy), grid[0], grid[-1])
+        time = np.nanmean(curve.times, axis=1)
+        # beyond the last budget lie all longer times, before the first all shorter ones
+        cost = np.concatenate([[max(0.0, -off[0])], off, [max(0.0, off[-1])]]) ** 2
+        self.low = np.concatenate([[-math.inf], time, [time[-1]]]) * sign
+        self.high = np.concatenate([[time[0]], time, [math.inf]]) * sign
+        if sign < 0:
+            self.low, self.high = self.high, self.low
+        self.cost = cost
+        nearest = int(np.abs(grid - at).argmin())
+        here = slice(max(nearest - 6, 0), nearest + 7)
+        x, y = grid[here], curve.heights[here]
+        slope = (y[-1] - y[0]) / (x[-1] - x[0]) if len(x) > 1 else 0.0
+        self.variance = float(error[nearest] / max(slope, 1e-9)) ** 2
+        self.freedom = float(freedom[nearest])
 
 
-def _resample(points: Sequence[CurvePoint], rng: np.random.Generator) -> list[tuple[Floats, Floats]]:
-    drawn = []
-    for point in points:
-        pick = rng.integers(0, len(point.seconds), size=len(point.seconds))
-        drawn.append((np.array(point.seconds)[pick], np.array(point.accuracies)[pick]))
-    return drawn
+def _interval(value: float, sides: Sequence[_Side], paired: Floats, confidence: float) -> Span:
+    from scipy.special import stdtrit
 
-
-def _read(points: Sequence[tuple[Floats, Floats]], accuracy: float) -> tuple[float, str]:
-    """Return seconds at ``accuracy``; 0 if the shortest run is better, infinity if the longest is worse."""
-    from scipy.interpolate import PchipInterpolator
-
-    rows = sorted((float(s.mean()), float(a.mean()), len(s)) for s, a in points)
-    times = np.array([row[0] for row in rows])
-    levels = isotonic([row[1] for row in rows], [row[2] for row in rows])
-    if accuracy < levels[0]:
-        return (
-            0.0,
-            f"accuracy {accuracy:g} is below the shortest baseline's {levels[0]:g}: run a shorter baseline",
-        )
-    if accuracy > levels[-1]:
-        return (
-            math.inf,
-            f"accuracy {accuracy:g} is above the longest baseline's {levels[-1]:g}: run a longer baseline",
-        )
-    rising = np.concatenate([[True], np.diff(levels) > 1e-12 * max(1.0, float(np.abs(levels).max()))])
-    levels, times = levels[rising], times[rising]
-    if len(levels) == 1 or accuracy >= levels[-1]:
-        return float(times[-1]), ""
-    return float(PchipInterpolator(levels, times)(accuracy)), ""
-
-
-def _ends(draws: Sequence[float], confidence: float, seeds: int) -> tuple[float, float]:
-    """Return the expanded percentiles of values that may include 0 and infinity, so without interpolating."""
-    from scipy.special import ndtr, stdtrit
-
-    wide = math.sqrt(seeds / (seeds - 1)) * float(stdtrit(seeds - 1, (1 + confidence) / 2))
-    tail = float(ndtr(-wide))
-    ordered, last = sorted(draws), len(draws) - 1
-    return ordered[math.floor(tail * last)], ordered[math.ceil((1 - tail) * last)]
+    known = paired[~np.isnan(paired)]
+    clock = float(known.var(ddof=1)) / len(known) if len(known) > 1 else math.inf
+    parts = [(side.variance, side.freedom) for side in sides]
+    if math.isfinite(clock):
+        parts.append((clock, len(known) - 1.0))
+    total = sum(v for v, _ in parts)
+    freedom = total**2 / sum(v**2 / f for v, f in parts) if total > 0 else 1e9
+    limit = float(stdtrit(max(freedom, 1.0), (1 + confidence) / 2)) ** 2
+    cost, low, high = np.zeros(1), np.zeros(1), np.zeros(1)
+    for side in sides:
+        near = side.cost <= limit  # what is too far off on its own need not be paired with anything
+        cost = np.add.outer(cost, side.cost[near]).ravel()
+        low, high = np.add.outer(low, side.low[near]).ravel(), np.add.outer(high, side.high[near]).ravel()
+    allowed = cost <= limit
+    if not allowed.any() or not math.isfinite(clock):
+        return Span(value, 0.0, math.inf)
+    room = np.sqrt(clock * (limit - cost[allowed]))
+    ends = float(np.exp((low[allowed] - room).min())), float(np.exp((high[allowed] + room).max()))
+    return Span(value, min(ends[0], value), max(ends[1], value))
