@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import secrets
 from contextlib import suppress
@@ -16,13 +15,9 @@ from markupsafe import Markup
 
 from hasten.report.bars import bars
 from hasten.report.curves import curves
-from hasten.report.derived import frontier
-from hasten.report.forest import forest
 from hasten.report.privacy import masked
 from hasten.report.schema import ReportData, check, to_json
-from hasten.report.view import plotted, view
-
-_JSON_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+from hasten.report.view import view
 
 
 def _own(name: str) -> str:
@@ -33,12 +28,6 @@ def _own(name: str) -> str:
 def _hash(text: str) -> str:
     """Return the CSP source of an inline style or script."""
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-def json_block(value: object) -> Markup:
-    """Return ``value`` as JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.translate(_JSON_ESCAPES))
 
 
 def environment() -> Environment:
@@ -66,7 +55,7 @@ def render(data: ReportData) -> str:
     )
     drawings = {
         f"{name}_{shape}": draw(data, shape)
-        for name, draw in (("curves", curves), ("bars", bars), ("forest", forest))
+        for name, draw in (("curves", curves), ("bars", bars))
         for shape in ("wide", "narrow")
     }
     return (
@@ -75,11 +64,9 @@ def render(data: ReportData) -> str:
         .render(
             **view(data),
             **drawings,
-            less=bool(frontier(data)),
             policy=policy,
             css=Markup(css),
             js=Markup(js),
-            plotted=json_block(plotted(data)),
         )
     )
 

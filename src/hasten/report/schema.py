@@ -205,11 +205,15 @@ class Verdict(TypedDict):
 
 
 class Target(TypedDict):
-    """The accuracy to reach, how it was chosen, and the rule that decides whether an arm reaches it."""
+    """The accuracy to reach, how it was chosen, and the rule that decides whether an arm reaches it.
+
+    ``margin`` is the fraction of accuracy that "no loss" may hide, set before the runs.
+    """
 
     accuracy: float
     chosen: str
     rule: str
+    margin: NotRequired[float]
 
 
 class Settings(TypedDict):
@@ -318,6 +322,15 @@ def headline_seconds(run: Run) -> float:
     return run["seconds"]["train"] + run["seconds"]["final"]
 
 
+def _claimed(data: ReportData) -> Versus | None:
+    """Return the row's ratio that a claim rests on; None where it is against an arm that is neither baseline."""
+    verdict = data["verdict"]
+    kinds = {arm["name"]: arm["kind"] for arm in data["arms"]}
+    row = next((arm for arm in data["arms"] if arm["name"] == verdict["claim"]), None)
+    kind = kinds.get(verdict["against"] or "")
+    return row and {"baseline": row["vs_plain"], "strong": row["vs_strong"]}.get(kind or "")
+
+
 def _meaning(data: ReportData) -> list[str]:
     """Return what is wrong with data whose types are right."""
     problems: list[str] = []
@@ -342,8 +355,25 @@ def _meaning(data: ReportData) -> list[str]:
         if middle != "diff":
             for number in (mid, low, high):
                 need(number is None or number > 0, path, f"must be above 0, not {number}")
+        need(
+            low is None or high is None or low <= high,
+            path,
+            f"its interval's ends are swapped: {low}, {high}",
+        )
         if "reason" in value:
             need(mid is not None or bool(value["reason"]), path, "without a ratio it needs a reason")
+        if "verdict" in value:
+            said = value["verdict"]
+            need(
+                said != "sooner" or (low or 0) > 1,
+                path,
+                f"'sooner' needs an interval above 1, not from {low}",
+            )
+            need(
+                said != "later" or 0 < (high or 0) < 1,
+                path,
+                f"'later' needs an interval below 1, not to {high}",
+            )
 
     need(data["schema_version"] == SCHEMA_VERSION, "report.schema_version", f"must be {SCHEMA_VERSION}")
     try:
@@ -356,8 +386,7 @@ def _meaning(data: ReportData) -> list[str]:
     need(bool(names), "report.arms", "needs at least one arm")
     need(len(set(names)) == len(names), "report.arms", f"names must differ, got {names}")
     verdict = data["verdict"]
-    for key in ("claim", "against"):
-        named = cast(str | None, verdict[key])  # type: ignore[literal-required]
+    for key, named in (("claim", verdict["claim"]), ("against", verdict["against"])):
         need(
             named is None or named in names, f"report.verdict.{key}", f"{named!r} is none of the arms {names}"
         )
@@ -366,6 +395,17 @@ def _meaning(data: ReportData) -> list[str]:
     if ci is not None and len(ci) == 2:
         interval({"ratio": verdict["ratio"], "lo": ci[0], "hi": ci[1]}, "report.verdict")
     interval(data["aa"] and {**data["aa"]}, "report.aa")
+    aa = data["aa"]
+    need(not (aa and aa["ok"]) or aa["lo"] <= 1 <= aa["hi"], "report.aa.ok", "the interval does not hold 1")
+    if verdict["claim"] is not None:
+        where = "report.verdict.claim"
+        need(verdict["against"] is not None, where, "needs the arm it is sooner than, in against")
+        need(aa is None or aa["ok"], where, "no claim where the A/A test fails")
+        low = ci[0] if ci else None
+        need(low is not None and low > 1, where, f"needs an interval above 1, not {ci}")
+        row = _claimed(data)
+        need(row is None or row["verdict"] == "sooner", where, "its own row does not say 'sooner'")
+        need(row is None or row["ratio"] == verdict["ratio"], where, "its own row has another ratio")
     for arm in data["arms"]:
         where = f"report.arms[{arm['name']!r}]"
         fraction(arm["accuracy"]["mean"], f"{where}.accuracy.mean")

@@ -57,7 +57,7 @@ def path(points: Iterable[tuple[float, float]], class_: str) -> Markup:
 
 def series(arms: list[Arm]) -> dict[str, str]:
     """Return the colour class of each arm by name: grey and black for baselines, the palette for the rest."""
-    fixed = {"baseline": "s-plain", "strong": "s-strong", "control": "s-control"}
+    fixed = {"baseline": "s-plain", "strong": "s-strong"}
     classes, used = {}, 0
     for arm in arms:
         if arm["kind"] in fixed:
@@ -109,11 +109,6 @@ def spaced(candidates: Iterable[float], place: Callable[[float], float], gap: fl
     return kept
 
 
-def logit_error(accuracy: float) -> float:
-    """Return minus the log of the error, the accuracy axis: from 90 to 95% is as far as from 80 to 90%."""
-    return -math.log(max(1.0 - accuracy, 1e-5))
-
-
 def accuracy_ticks(low: float, high: float) -> list[float]:
     """Return accuracies to try as ticks from ``low`` to ``high``, coarse ones first, from the top down."""
     ticks: list[float] = []
@@ -124,4 +119,43 @@ def accuracy_ticks(low: float, high: float) -> list[float]:
         top = math.floor(high / step + 1e-9)
         found = [round(k * step, 4) for k in range(top, max(math.ceil(low / step - 1e-9), top - 60) - 1, -1)]
         ticks += [value for value in found if value not in ticks]
+    return ticks
+
+
+_ROUND = (
+    1,
+    10,
+    60,
+    600,
+    3600,
+    36000,
+    2,
+    5,
+    20,
+    30,
+    120,
+    300,
+    1200,
+    1800,
+    7200,
+    18000,
+    3,
+    15,
+    40,
+    90,
+    180,
+    900,
+    2700,
+)
+
+
+def time_ticks(low: float, high: float) -> list[float]:
+    """Return seconds to try as ticks from ``low`` to ``high``: round in s, min and h first, then ever finer ones."""
+    ticks = [float(value) for value in _ROUND if low <= value <= high]
+    for digits in ((1,), (2, 5), (3, 4, 6, 8), (7, 9)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        fine = (digit * 10.0**power for power in powers for digit in digits)
+        ticks += [value for value in fine if low <= value <= high and value not in ticks]
+    if len(ticks) < 3:
+        ticks += [low + (high - low) * part / 4 for part in range(1, 4)]
     return ticks

@@ -3,72 +3,89 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
-from hasten.report.derived import mean_time, only_trains_less
-from hasten.report.schema import Arm, ReportData, Versus
-from hasten.report.words import DASH, bare_seconds, bracket, percent, seconds, shortened, times, visible
+from hasten.report.outcome import Answer, deciding, time_answer, versus_answer
+from hasten.report.schema import Arm, ReportData
+from hasten.report.words import called, percent, shortened, visible
 
-_INDENT = " " * 7
-_LABEL = 24
+_LABELS = (24, 20)
+_READ = (
+    "In brackets: 95% intervals, which hold the true value in 95 of 100 such comparisons. Above 1x is sooner, and "
+    "“sooner” is said only where the whole interval is."
+)
+_SEEDS = "One seed each, so there are no intervals and no claims."
 
 
 def summary_lines(data: ReportData, width: int = 100) -> list[str]:
-    """Return the result table as lines without markup, control characters or line ends.
+    """Return the answer, then its table, as lines without markup, control characters or line ends.
 
-    One row an arm: mean time with its 95% interval, the ratio to the plain and to the strong baseline with
-    theirs, and the verdict against the strong baseline (the plain one where no strong arm ran). Shortened
-    baselines are left out: they are the yardstick. ``width`` wraps the verdict sentence only.
+    The verdict's sentence comes first. Then one row an arm: its time to the target and how much sooner that is than
+    plain and strong, each with its 95% interval, the outcome against strong (plain, where there is no strong arm) and
+    the accuracy at the full budget; then the reasons of what could not be said. Nothing is wider than ``width``, down to
+    80; below the table loses columns first.
     """
-    arms = [arm for arm in data["arms"] if arm["kind"] != "control"]
-    n = max((len(arm["runs"]) for arm in arms), default=0)
-    counted = f"mean of {n}, 95% interval" if n > 1 else "one run each: no intervals, no claims"
-    lines = [f"Result time to {percent(data['target']['accuracy'])} ({counted})"]
-    rows = [("", "time", "vs plain", "vs strong", ""), *(_cells(arm) for arm in arms)]
-    if all(arm["kind"] != "strong" for arm in arms):
-        rows = [(*row[:3], "", row[4]) for row in rows]
-    columns = [max(len(row[i]) for row in rows) for i in range(5)]
-    for row in rows:
-        padded = [text.ljust(columns[i]) for i, text in enumerate(row)]
-        lines.append((_INDENT + "  ".join(padded)).rstrip())
-    sentence = visible(data["verdict"]["sentence"])
-    lines += textwrap.wrap(sentence, max(width - 7, 20), initial_indent=_INDENT, subsequent_indent=_INDENT)
+    lines = [*textwrap.wrap(visible(data["verdict"]["sentence"]), width), ""]
+    lines += _table(data, width)
+    lines.append("")
+    for arm in data["arms"]:
+        note = _note(arm)
+        if note:
+            lines += textwrap.wrap(f"{visible(arm['label'])}: {note}.", width, subsequent_indent="  ")
+    several = any(arm["accuracy"]["n"] > 1 for arm in data["arms"])
+    lines += textwrap.wrap(_READ if several else _SEEDS, width)
     if data["failures"]:
         runs = "run" if len(data["failures"]) == 1 else "runs"
-        lines.append(f"{_INDENT}{len(data['failures'])} {runs} failed; the report gives the reasons in full")
+        lines.append(f"{len(data['failures'])} {runs} failed; the report gives the reasons in full.")
     return lines
 
 
-def _cells(arm: Arm) -> tuple[str, str, str, str, str]:
-    time = mean_time(arm)
-    if time is None:
-        clock = "no run finished"
-    elif time.low is None or time.high is None:
-        clock = f"{seconds(time.mean)} [one run]"
-    else:
-        clock = f"{seconds(time.mean)} [{bare_seconds(time.low)}, {bare_seconds(time.high)}]"
-    label = shortened(visible(arm["label"]), _LABEL)
-    deciding = arm["vs_strong"] or arm["vs_plain"]
-    verdict = "" if deciding is None or arm["kind"] in ("baseline", "strong") else outcome(arm, deciding)
-    plain = _ratio(arm["vs_plain"], arm["kind"] == "baseline")
-    return label, clock, plain, _ratio(arm["vs_strong"], arm["kind"] == "strong"), verdict
+def _table(data: ReportData, width: int) -> list[str]:
+    """Return the widest table that fits: the accuracy goes first, then labels are cut, then intervals go from the left."""
+    has = {arm["kind"] for arm in data["arms"]}
+    kept = [0, 1, *([2] if "baseline" in has else []), *([3] if "strong" in has else []), 4]
+    trials = [(spans, limit, spans == 0b1110 and last) for spans in (0b1110, 0b1100, 0b1000, 0)
+              for last in (True, False) for limit in _LABELS]  # fmt: skip
+    lines: list[str] = []
+    for spans, limit, last in trials:
+        head = ["", f"time to {percent(data['target']['accuracy'])}"]
+        head += [
+            "sooner than plain" if spans & 4 else "than plain",
+            "sooner than strong" if spans & 8 else "than strong",
+        ]
+        rows = [[*head, "", "accuracy"], *(_cells(arm, limit, spans) for arm in data["arms"])]
+        rows = [[row[i] for i in [*kept, *([5] if last else [])]] for row in rows]
+        columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(columns[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
+        if max(map(len, lines)) <= width:
+            break
+    return lines
 
 
-def _ratio(versus: Versus | None, itself: bool) -> str:
-    if versus is None or versus["ratio"] is None:
-        return "1.00×" if itself else DASH
-    return f"{times(versus['ratio'])} {bracket(versus['lo'], versus['hi']) or '[one run]'}"
+def _cells(arm: Arm, limit: int, spans: int) -> list[str]:
+    """Return the texts of a row; bit i of ``spans`` says that column i shows its interval."""
+    time = time_answer(arm["time"], arm)
+    versus = deciding(arm)
+    word = versus_answer(versus).word if versus is not None else ""
+
+    def cell(column: int, answer: Answer) -> str:
+        return answer.line() if spans >> column & 1 and answer.span != "no interval" else answer.value
+
+    return [
+        shortened(visible(arm["label"]), limit),
+        time.word if time.word and not time.word.startswith("already") else cell(1, time),
+        cell(2, versus_answer(arm["vs_plain"], arm["kind"] == "baseline")),
+        cell(3, versus_answer(arm["vs_strong"], arm["kind"] == "strong")),
+        "" if word == time.word else word,
+        percent(arm["accuracy"]["mean"]),
+    ]
 
 
-def outcome(arm: Arm, versus: Versus) -> str:
-    """Return the verdict in words: "faster", "slower here: the reason", "misses the target (0 of 3)"."""
-    reached, note = arm["reached"], visible(versus["note"] or versus["reason"] or "")
-    if versus["verdict"] == "missed" or (not reached["yes"] and reached["n"] > 1):
-        words = f"misses the target ({reached['k']} of {reached['n']})"
-    else:
-        words = {"slower": "slower here"}.get(versus["verdict"], versus["verdict"])
-        if words == "faster" and only_trains_less(arm):
-            words = "faster, but not at equal accuracy"
-    return f"{words}: {note}" if note else words
+def _note(arm: Arm) -> str:
+    """Return what the row of an arm cannot hold, without repeating itself."""
+    answers = (time_answer(arm["time"], arm), versus_answer(arm["vs_strong"]), versus_answer(arm["vs_plain"]))
+    notes: Iterable[str] = (answer.note.rstrip(".") for answer in answers)
+    return "; ".join(dict.fromkeys(note for note in notes if note))
 
 
 def csv_rows(data: ReportData) -> list[list[str]]:
@@ -78,14 +95,31 @@ def csv_rows(data: ReportData) -> list[list[str]]:
     """
     numbers = ["seed", "block", "samples_forward", "samples_backward", "macs", "peak_rss_mb", "cpu_seconds"]
     clock = ["train", "method", "final", "eval", "compile", "setup", "total"]
-    rows = [["arm", "label", "kind", "methods", "accuracy", *clock, *numbers, "failure"]]
+    rows = [
+        [
+            "arm",
+            "label",
+            "kind",
+            "methods",
+            "share",
+            "epochs",
+            "accuracy",
+            *clock,
+            *numbers,
+            "disturbed",
+            "resumed",
+            "failure",
+        ]
+    ]
     for arm in data["arms"]:
-        for run in arm["runs"]:
-            texts = [arm["name"], arm["label"], arm["kind"], " + ".join(arm["methods"])]
-            measured: list[object] = [run["accuracy"], *(run["seconds"].get(key) for key in clock)]
-            measured += [run.get(key) for key in numbers]
-            cells = ["" if value is None else repr(value) for value in measured]
-            rows.append([*map(_defused, texts), *cells, _defused(run["failure"] or "")])
+        for point in arm["points"]:
+            for run in point["runs"]:
+                texts = [arm["name"], arm["label"], arm["kind"], " + ".join(map(called, arm["methods"]))]
+                measured: list[object] = [point["share"], point["epochs"], run["accuracy"]]
+                measured += [run["seconds"].get(key) for key in clock] + [run.get(key) for key in numbers]
+                cells = ["" if value is None else repr(value) for value in measured]
+                ends = ["; ".join(run["disturbed"]), "yes" if run["resumed"] else "no", run["failure"] or ""]
+                rows.append([*map(_defused, texts), *cells, *map(_defused, ends)])
     return rows
 
 

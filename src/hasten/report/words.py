@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 DASH = "–"
 
@@ -51,14 +52,33 @@ def _digits(value: float) -> int:
     return 2 if value < 9.995 else 1 if value < 99.95 else 0
 
 
-def times(value: float | None) -> str:
-    """Return a ratio as 1.34×."""
-    return DASH if value is None else f"{value:.2f}×"
+def times(value: float | None, digits: int = 2) -> str:
+    """Return a ratio as 1.34x."""
+    return DASH if value is None else f"{value:.{digits}f}x"
+
+
+def ratio_digits(low: float | None, high: float | None) -> int:
+    """Return the digits at which no end of an interval of ratios is rounded onto 1, from which it differs."""
+    digits = 2
+    ends = [end for end in (low, high) if end is not None and end != 1.0]
+    while digits < 6 and any(round(end, digits) == 1.0 for end in ends):
+        digits += 1
+    return digits
+
+
+def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """Return "[1.30, 1.38]", "at least 1.30" or "at most 1.38" where one end has no bound, empty without both."""
+    if low is not None and high is not None:
+        return f"[{write(low)}, {write(high)}]"
+    if low is not None:
+        return f"at least {write(low)}"
+    return "" if high is None else f"at most {write(high)}"
 
 
 def bracket(low: float | None, high: float | None) -> str:
-    """Return an interval of ratios as [1.30, 1.38], empty where there is none."""
-    return "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
+    """Return an interval of ratios, written by :func:`interval`; "[1.001, 1.20]" never becomes "[1.00, 1.20]"."""
+    digits = ratio_digits(low, high)
+    return interval(low, high, lambda end: f"{end:.{digits}f}")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -82,19 +102,50 @@ def count(value: float | None) -> str:
 
 
 def scalar(value: object) -> str:
-    """Return a setting or environment value for reading."""
+    """Return a setting or environment value for reading; text that spells a list or dict is put in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
         return "not known"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return visible(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{visible(key)} {scalar(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple | set):
+        return ", ".join(scalar(item) for item in value) or "none"
+    return plain(str(value))
+
+
+def plain(text: str) -> str:
+    """Return ``text`` on one line; where the whole of it is a Python list, tuple, set or dict, its words."""
+    if text.lstrip()[:1] in ("{", "[", "(") and len(text) < 2000:
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return visible(text)
+        if isinstance(value, dict | list | tuple | set):
+            return scalar(value)
+    return visible(text)
+
+
+def called(text: str) -> str:
+    """Return a method with its settings in words: "selective_backprop(beta=2.0)" is "selective_backprop, beta 2.0"."""
+    found = re.fullmatch(r"\s*([\w.]+)\((.*)\)\s*", text, re.DOTALL)
+    if found is None:
+        return plain(text)
+    inner = visible(re.sub(r"\b([A-Za-z_]\w*)=", r"\1 ", found[2]))
+    return f"{visible(found[1])}, {inner}" if inner else visible(found[1])
 
 
 def pairs(values: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Return a mapping as rows of text."""
-    return [(visible(key), scalar(value)) for key, value in values.items()]
+    """Return a mapping as rows of text; bytes in MB or GB, underscores as spaces."""
+    return [_pair(visible(key), value) for key, value in values.items()]
+
+
+def _pair(key: str, value: object) -> tuple[str, str]:
+    if key.endswith("_bytes") and isinstance(value, int) and not isinstance(value, bool):
+        return key.removesuffix("_bytes").replace("_", " "), f"{count(value)}B"
+    return key.replace("_", " "), scalar(value)
 
 
 def shortened(text: str, limit: int) -> str:
