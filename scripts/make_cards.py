@@ -129,7 +129,7 @@ def docstring(cls: type) -> Iterator[str]:
             names = re.findall(rf"\b(?:{one})\b", begun[1])
             told |= {*names}
             item = ", ".join(f"`{name}={defaults[name]!r}`" for name in names) + f": {escaped(begun[2])}"
-        elif item and line.startswith("    "):
+        elif item and line.strip():
             item += f" {escaped(line.strip())}"
         else:
             yield from [f"- {item}"] * bool(item)
@@ -185,7 +185,7 @@ def card(name: str) -> str:
             for c in rest
         ]
         lines += ["## All other figures", "", *table(["what", "measured", "with", "benchmark"], others)]
-    return "\n".join(lines).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
 # -- parts of pages
