@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import keyed
-from hasten.data.augment import Geometric, Transform, gather, moved
+from hasten.data.augment import Transform
+from hasten.data.geometric import Geometric, OnPixels, gather, moved
 from hasten.data.images import Images
 from hasten.data.mix import Mix, mixed
 from hasten.errors import DataError, SettingsError
@@ -34,9 +36,9 @@ class Loader:
     """Cuts Images into batches; epoch e of seed s is the same on every run and machine.
 
     The order is a permutation keyed by (seed, epoch), so ``epoch(e, start=k)`` begins at step k without
-    replaying the k steps before it. ``augment`` holds transforms: those that move pixels (Crop, Flip,
-    AlternatingFlip) come first and cost one gather together; all others (Cutout, your own) get the normalised
-    (B, H, W, C) batch. With ``normalise`` each channel has mean 0 and std 1 over the images, otherwise pixels
+    replaying the k steps before it. ``augment`` holds transforms: first those of uint8 pixels (crops, flips,
+    RandAugment, TrivialAugmentWide), then those that get the normalised (B, H, W, C) batch (Cutout, RandomErasing,
+    your own), last Mixup and Cutmix, which make the targets soft. With ``normalise`` each channel has mean 0 and std 1 over the images, otherwise pixels
     lie in [0, 1].
 
     The uint8 images are kept on ``device``. Raises DataError for a batch larger than the data (with
@@ -65,11 +67,19 @@ class Loader:
                 f"batch_size {batch_size} is larger than the data ({len(images)} images): "
                 f"take {len(images)} or fewer."
             )
-        self.geometric = [step for step in augment if isinstance(step, Geometric)]
-        self.other = [step for step in augment if not isinstance(step, Geometric | Mix)]
+        on_pixels = [step for step in augment if isinstance(step, OnPixels)]
+        self.other = [step for step in augment if not isinstance(step, OnPixels | Mix)]
         self.mixes = [step for step in augment if isinstance(step, Mix)]
-        if [*self.geometric, *self.other, *self.mixes] != list(augment):
-            raise SettingsError(f"put crops and flips before the other transforms, got {list(augment)}.")
+        if [*on_pixels, *self.other, *self.mixes] != list(augment):
+            raise SettingsError(
+                "put crops, flips, randaugment and trivialaugment before the other transforms, and mixup and cutmix "
+                f"last, got {list(augment)}."
+            )
+        # The first crops and flips are part of taking the batch's images: one gather for all of them.
+        self.first: list[Geometric] = []
+        for move in takewhile(lambda step: isinstance(step, Geometric), on_pixels):
+            self.first += [move] if isinstance(move, Geometric) else []
+        self.later = on_pixels[len(self.first) :]
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
@@ -114,15 +124,16 @@ class Loader:
         """Return the batch of the samples ``index`` (int64, (B,)) as they look in ``epoch``."""
         height, width, _ = self.images.shape
         where = torch.from_numpy(np.ascontiguousarray(index)).to(self.device)
-        if self.geometric:
-            pixels = gather(
-                self._pixels, index, *moved(self.geometric, (height, width), index, epoch, self.seed)
-            )
+        if self.first:
+            moves = moved(self.first, (height, width), index, epoch, self.seed)
+            pixels = gather(self._pixels, index, *moves)
         else:
             pixels = self._pixels.index_select(0, where)
+        for step in self.later:
+            pixels = step(pixels, index, epoch, self.seed)
         x = pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
-        for step in self.other:
-            x = step(x, index, epoch, self.seed)
+        for transform in self.other:
+            x = transform(x, index, epoch, self.seed)
         targets = self._labels.index_select(0, where)
         if self.mixes:
             x, targets = mixed(self.mixes, x, targets, len(self.images.classes), index, epoch, self.seed)
