@@ -49,9 +49,9 @@ class Claim(NamedTuple):
 
     @property
     def is_gain(self) -> bool:
-        """Whether it shows something saved: less, or a ratio whose verdict, where there is one, is "faster"."""
+        """Whether it shows something saved: less, or a ratio whose verdict, where there is one, is "faster" or "sooner"."""
         verdict = re.search(r"\d+\.\d+x(?: \[[^\]]*\])?: ([^;(]*)", self.text)
-        return verdict is None or verdict[1].strip() == "faster"
+        return verdict is None or verdict[1].strip() in ("faster", "sooner")
 
 
 @cache
@@ -204,7 +204,7 @@ def text_of(entry: str | dict[str, str]) -> str:
     if claim is None:
         return NOT_MEASURED
     short = re.split(r"; (?![^(]*\))", claim.text)[0]  # not within brackets
-    figure = re.sub(r": faster$", "", short).replace("]: ", "], ")
+    figure = re.sub(r": (faster|sooner)$", "", short).replace("]: ", "], ")
     return f"{entry.get('label', claim.what)}: {figure}"
 
 
