@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hasten.conformance import check_method
     from hasten.contract import Batch, Effect, Method, MethodSpec
     from hasten.errors import HastenError
+    from hasten.exporting import Trained, export, load
     from hasten.loop import Result, fit
     from hasten.recipe import PLAIN, STRONG, Recipe
     from hasten.registry import available, method
@@ -34,11 +35,14 @@ _WHERE = {
     "Result": "loop",
     "STRONG": "recipe",
     "Session": "session",
+    "Trained": "exporting",
     "available": "registry",
     "check_method": "conformance",
     "check_training_state": "surgery",
     "compare": "comparison",
+    "export": "exporting",
     "fit": "loop",
+    "load": "exporting",
     "method": "registry",
 }
 
@@ -54,12 +58,15 @@ __all__ = [
     "Recipe",
     "Result",
     "Session",
+    "Trained",
     "__version__",
     "available",
     "check_method",
     "check_training_state",
     "compare",
+    "export",
     "fit",
+    "load",
     "method",
 ]
 

@@ -959,7 +959,7 @@ def test_the_loop_trains_resumes_and_exports_a_smaller_network(
     dense = models.build("resnet8", in_channels=1, image_size=28)
     assert macs(whole.model, x).forward < macs(dense, x).forward
     assert whole.witness == again.witness
-    exported, _ = load_run(tmp_path / "run")
+    exported = load_run(tmp_path / "run").network
     with torch.no_grad():
         assert close([exported(x)], [again.model(x)], 1e-6)
 

@@ -719,8 +719,8 @@ def test_it_runs_under_mixed_precision_with_averaged_weights(
     result = fit("resnet8", data, ours, recipe=recipe, out=tmp_path / "run")
     assert result.witness["aofp"]["filters_removed"] >= 8
     assert result.model is not None
-    again, sample = load_run(tmp_path / "run")
-    x = random(4, *sample.shape[1:])
+    run = load_run(tmp_path / "run")
+    again, x = run.network, random(4, *run.shape)
     with torch.no_grad():
         assert torch.equal(again(x), result.model(x))
 

@@ -22,7 +22,7 @@ from hasten.conformance import differences, through_file_format
 from hasten.contract import Batch, Effect, Method, MethodSpec
 from hasten.data import DataSet, Images
 from hasten.errors import CheckpointError, SettingsError, UnsupportedError
-from hasten.exporting import export_run
+from hasten.exporting import export
 from hasten.loop import fit
 from hasten.measure.macs import macs
 from hasten.methods.forward.mixed_precision import MixedPrecision
@@ -380,7 +380,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     result = fit(
         "resnet8", DataSet("noise", images, images, flip_ok=False), recipe=recipe, out=folder / "run"
     )
-    export_run(folder / "run", folder / "net.safetensors")
+    export(folder / "run", folder / "net.safetensors")
     assert result.model is not None
     return folder, result.model
 

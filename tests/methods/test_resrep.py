@@ -750,8 +750,8 @@ def test_a_run_with_averaged_weights_is_pruned_saved_and_exported(
     result = fit("resnet8", data, [ours], recipe=recipe, out=tmp_path / "run")
     assert result.witness["resrep"]["rows_removed"] >= 24
     assert result.model is not None
-    again, sample = load_run(tmp_path / "run")
-    x = random(4, *sample.shape[1:])
+    run = load_run(tmp_path / "run")
+    again, x = run.network, random(4, *run.shape)
     with torch.no_grad():
         assert torch.equal(again(x), result.model(x))
     assert {type(m).__module__.split(".")[0] for m in again.modules() if not list(m.children())} == {

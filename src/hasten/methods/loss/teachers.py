@@ -56,7 +56,7 @@ def load_teacher(path: Path, model: nn.Module) -> nn.Module:
     else:
         from hasten.exporting import load_run
 
-        teacher, _ = load_run(path)
+        teacher = load_run(path).network
     like = next(model.parameters())
     return frozen(teacher.to(device=like.device, dtype=like.dtype))
 
