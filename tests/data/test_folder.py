@@ -132,8 +132,8 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images for zero"):
         load(tmp_path)
     (tmp_path / "train" / "zero").rmdir()
-    (tmp_path / "train" / "a" / "scan.tif").write_bytes(b"II")
-    with pytest.raises(DataError, match=r"scan\.tif: \.tif images are not read"):
+    (tmp_path / "train" / "a" / "scan.tga").write_bytes(b"II")
+    with pytest.raises(DataError, match=r"scan\.tga: \.tga images are not read"):
         load(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -24,31 +23,39 @@ def listing(json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
 def check(
-    data: Annotated[str, typer.Argument(help="Name, folder or .npz file.")],
+    data: Annotated[str, typer.Argument(help="Name, image folder or .npz file.")],
     root: Annotated[str | None, typer.Option(help="Folder that holds the data set's files.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Image folders: the size in pixels that images will be brought to.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Read a data set whole: counts by class, and every bad file by name."""
+    """Read a data set whole: counts by class, image sizes, and every bad or left-out file by name.
+
+    Ends with code 1 where the data cannot be trained on as they are.
+    """
     import numpy as np
 
-    from hasten.data import check_folder, load
+    from hasten.data import available, check_folder, load
+    from hasten.data.folder_report import class_table
 
-    if Path(data).is_dir():
-        report = check_folder(Path(data))
+    if root is None and data not in available() and Path(data).expanduser().is_dir():
+        report = check_folder(Path(data).expanduser(), size)
         if json:
-            say_json(dataclasses.asdict(report))
+            say_json(report.as_json())
         else:
             say(str(report))
-        raise typer.Exit(1 if report.bad else 0)
-    images = load(data, root)
-    counts = {part: dict(zip(images.classes, np.bincount(i.labels, minlength=len(images.classes)).tolist(), strict=True))
-              for part, i in (("train", images.train), ("test", images.test))}  # fmt: skip
+        raise typer.Exit(0 if report.ok else 1)
+    found = load(data, root, size=size)
+    counts = {part: dict(zip(found.classes, np.bincount(i.labels, minlength=len(found.classes)).tolist(), strict=True))
+              for part, i in (("train", found.train), ("test", found.test))}  # fmt: skip
     if json:
-        say_json({"name": images.name, "shape": images.train.shape, "counts": counts})
+        say_json({"name": found.name, "ok": True, "shape": found.shape, "classes": found.classes, "counts": counts,
+                  "notes": found.notes})  # fmt: skip
         return
-    say(f"{images.name}: {len(images.train):,} train / {len(images.test):,} test, shape {images.train.shape}")
-    for name in images.classes:
-        say(f"  {name:20} {counts['train'][name]:>7} {counts['test'][name]:>7}")
+    say(f"{found.name}: {found.train_count:,} train / {found.test_count:,} test, shape {found.shape}")
+    for line in [*class_table(found.classes, counts), *(f"  note: {note}" for note in found.notes)]:
+        say(line)
 
 
 def add_to(app: typer.Typer) -> None:

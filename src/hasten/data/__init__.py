@@ -7,9 +7,10 @@ from __future__ import annotations
 from hasten.data.boxes import RandomResizedCrop
 from hasten.data.dataset import DataSet
 from hasten.data.erase import Cutout, RandomErasing
-from hasten.data.folder import FolderReport, check_folder
+from hasten.data.folder_report import FolderReport, check_folder
 from hasten.data.geometric import AlternatingFlip, Crop, Flip
 from hasten.data.given import as_data
+from hasten.data.image_file import read_image
 from hasten.data.images import Images
 from hasten.data.loader import Batch, Loader
 from hasten.data.mix import Cutmix, Mixup
@@ -40,4 +41,5 @@ __all__ = [
     "check_folder",
     "from_torch",
     "load",
+    "read_image",
 ]

@@ -1,212 +1,162 @@
-"""Image folders: train/CLASS/file and val/CLASS/file (or test/), classes and files in sorted order as in
-ImageFolder.
-"""
+"""Image folders: train/CLASS/file and val/CLASS/file (or test/), or CLASS/file alone, read as ImageFolder reads them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.data.dataset import DataSet
+from hasten.data.folder_layout import Layout, layout
+from hasten.data.folder_scan import HIDDEN, Found, Named, refuse, shown
+from hasten.data.held import HELD, held_name, held_note
+from hasten.data.image_file import decode, pillow, quiet
 from hasten.data.images import Images, blame
 from hasten.data.memory import check_memory
-from hasten.errors import DataError, UnsupportedError
+from hasten.errors import DataError
 
-READ = (".jpg", ".jpeg", ".png")
-# Images that this reader leaves to others: an error rather than a class that is quietly smaller.
-UNREAD = (".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".jp2", ".avif", ".heic")
-TEST_NAMES = ("val", "test", "validation", "valid")
-MOST_PIXELS = 1 << 26
-
-
-@dataclass(frozen=True)
-class FolderReport:
-    """What lies in an image folder.
-
-    counts: images of each class, by split. sizes: how many images have each (height, width). bad: every file
-    that cannot be used, with the reason. ignored: files that are no images.
-    """
-
-    path: Path
-    counts: dict[str, dict[str, int]]
-    sizes: dict[tuple[int, int], int]
-    bad: tuple[tuple[Path, str], ...]
-    ignored: tuple[Path, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Return whether every image can be read and all have one size."""
-        return not self.bad and len(self.sizes) == 1
-
-    def __str__(self) -> str:
-        lines = [str(self.path)]
-        for split, counts in self.counts.items():
-            n = counts.values()
-            lines.append(
-                f"  {split}: {sum(n):,} images in {len(n)} classes, {min(n):,} to {max(n):,} a class"
-            )
-        common = Counter(self.sizes).most_common(5)
-        shown = ", ".join(f"{h}x{w} ({n:,})" for (h, w), n in common)
-        lines.append(f"  sizes: {len(self.sizes)}: {shown}{', ...' if len(self.sizes) > 5 else ''}")
-        lines += [f"  bad: {file}: {reason}" for file, reason in self.bad]
-        lines += [f"  not an image: {file}" for file in self.ignored[:10]]
-        return "\n".join(lines)
-
-
-def check_folder(path: str | Path) -> FolderReport:
-    """Decode every image below ``path`` and report counts, sizes and every bad file. Raises DataError without
-    splits.
-    """
-    path = Path(path)
-    counts, bad, ignored, sizes = {}, [], [], Counter[tuple[int, int]]()
-    for split in _splits(path):
-        files, labels, classes, other, unread = _scan(split)
-        numbers = Counter(labels)
-        counts[split.name] = {name: numbers[label] for label, name in enumerate(classes)}
-        ignored += other
-        bad += [(file, f"{file.suffix} images are not read") for file in unread]
-        bad += [(split / name, "no images in this class") for name, n in counts[split.name].items() if n == 0]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for file, result in zip(files, pool.map(lambda file: _attempt(file, None), files), strict=True):
-                if isinstance(result, str):
-                    bad.append((file, result))
-                else:
-                    sizes[result.shape[0], result.shape[1]] += 1
-    return FolderReport(path, counts, dict(sizes), tuple(bad), tuple(ignored))
+T = TypeVar("T")
 
 
 def load_folder(path: Path, size: int | None = None) -> DataSet:
-    """Return the data set of an image folder as RGB.
+    """Return the data set of an image folder as RGB; see ``layout`` for the parts and ``read_image`` for the files.
 
-    size: where given, each image's shorter side is brought to ``size`` and the centre size x size is cut out
-    (antialiased bilinear, as in the usual evaluation of ImageNet). Without it all images must have one size.
-    Raises DataError naming the files that are damaged or differ; UnsupportedError without Pillow.
+    size: where given, each image's shorter side is brought to ``size`` and the centre size x size is cut out.
+    Without it all images must have one size. Without a test part a keyed, stratified tenth of the images becomes it,
+    and the name says so. What was left out is told in ``notes``.
+    Raises DataError naming the files that cannot be used or differ; UnsupportedError without Pillow.
     """
-    if size is not None and size < 1:
-        raise DataError(f"size must be 1 pixel or more, got {size}.")
-    train_dir, test_dir = _splits(path)
-    train = _read(train_dir, size, None)
-    test = _read(test_dir, size, train.classes)
-    # Photographs of things keep their label in the mirror, which is what such folders hold as a rule.
-    return DataSet(path.resolve().name, train, test, flip_ok=True)
-
-
-def _splits(path: Path) -> tuple[Path, Path]:
-    if not path.is_dir():
-        raise DataError(f"there is no folder {path}.")
-    test = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
-    if not (path / "train").is_dir() or test is None:
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise DataError(
-            f"{path} must hold train/CLASS/image files and val/CLASS/image files (or test/); it has: {found}."
-        )
-    return path / "train", test
-
-
-def _scan(split: Path) -> tuple[list[Path], list[int], tuple[str, ...], list[Path], list[Path]]:
-    """Return image files, their labels, the classes, other files, and images of kinds that are not read."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(split) if entry.is_dir()))
-    files: list[Path] = []
-    labels: list[int] = []
-    other = [Path(entry.path) for entry in os.scandir(split) if not entry.is_dir()]
-    unread = []
-    for label, name in enumerate(classes):
-        for where, _, names in sorted(os.walk(split / name)):
-            for file in sorted(names):
-                full, kind = Path(where, file), Path(file).suffix.lower()
-                if kind in READ:
-                    files.append(full)
-                    labels.append(label)
-                elif kind in UNREAD:
-                    unread.append(full)
-                else:
-                    other.append(full)
-    return files, labels, classes, other, unread
-
-
-def _read(split: Path, size: int | None, expected: tuple[str, ...] | None) -> Images:
-    files, labels, classes, _, unread = _scan(split)
-    if unread:
-        _refuse(split, [(file, f"{file.suffix} images are not read (only JPEG and PNG)") for file in unread])
-    if not files:
-        raise DataError(f"{split} has no JPEG or PNG images in class folders.")
-    if expected is not None:
-        if outside := sorted(set(classes) - set(expected)):
-            raise DataError(f"{split} has classes that the training images have not: {', '.join(outside)}.")
-        labels = [expected.index(classes[label]) for label in labels]
-    elif empty := [name for label, name in enumerate(classes) if label not in set(labels)]:
-        raise DataError(f"{split} has no images for {', '.join(empty)}: fill or remove these folders.")
-    pixels = _decode(split, files, size)
-    with blame(split):
-        return Images(pixels, np.array(labels, np.int64), expected or classes)
-
-
-def _decode(split: Path, files: Sequence[Path], size: int | None) -> NDArray[np.uint8]:
-    first = _attempt(files[0], size)
-    # Where even the first is bad the others are still tried, so that the error lists every bad file.
-    shape = (0, 0, 3) if isinstance(first, str) else first.shape
-    check_memory(len(files) * math.prod(shape), f"{len(files):,} images of {shape[0]}x{shape[1]} in {split}")
-    pixels = np.empty((len(files), *shape), np.uint8)
-    bad: list[tuple[Path, str]] = []
-    other: tuple[Path, tuple[int, ...]] | None = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(files), 1024):  # Small parts, so that few decoded images wait at any time.
-            part = files[start : start + 1024]
-            for number, result in enumerate(pool.map(lambda file: _attempt(file, size), part), start):
-                if isinstance(result, str):
-                    bad.append((files[number], result))
-                elif result.shape != shape:
-                    other = other or (files[number], result.shape)
-                else:
-                    pixels[number] = result
+    check_size(size)
+    pillow()
+    found = layout(path)
+    problems = [(file, reason) for part in found.parts().values() for file, reason in part.bad]
+    if problems:
+        raise refuse(path, problems)
+    classes = found.train.classes
+    _check_classes(found)
+    parts = found.parts()
+    shape = _first_shape(found.train.files, size)
+    count = sum(len(part.files) for part in parts.values())
+    check_memory(count * math.prod(shape), f"{count:,} images of {shape[0]}x{shape[1]} (give a smaller size)")
+    bad: Named = []
+    pixels = {role: _decoded(part, shape, size, bad) for role, part in parts.items()}
     if bad:
-        _refuse(split, bad)
-    if other is not None:
+        raise refuse(path, bad)
+    images = {}
+    for role, part in parts.items():
+        labels = [classes.index(part.classes[label]) for label in part.labels]
+        with blame(shown(part.folder)):
+            images[role] = Images(pixels[role], np.array(labels, np.int64), classes)
+    name, notes, train, test = path.resolve().name, remarks(found), images["train"], images.get("test")
+    if test is None:
+        with blame(shown(path)):
+            train, test = train.cut(HELD)
+        name, notes = held_name(name), [*notes, held_note(len(test))]
+    # Photographs of things keep their label in the mirror, which is what such folders hold as a rule.
+    return DataSet(name, train, test, True, images.get("validation"), size, tuple(notes))
+
+
+def check_size(size: int | None) -> None:
+    """Raise DataError for a size that no image can have."""
+    if size is not None and not 1 <= size <= 4096:
+        raise DataError(f"size must be between 1 and 4096 pixels, got {size}.")
+
+
+def in_parallel(work: Callable[[Path], T], files: Sequence[Path]) -> Iterator[T | str]:
+    """Yield ``work(file)`` of each file in order, from a thread for each core; of a DataError the text."""
+
+    def attempt(file: Path) -> T | str:
+        try:
+            return work(file)
+        except DataError as error:
+            return str(error)
+
+    with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(files), 1024):  # Small parts, so that few decoded images wait at any time.
+            yield from pool.map(attempt, files[start : start + 1024])
+
+
+def remarks(found: Layout) -> list[str]:
+    """Return a line on each kind of thing that is not read."""
+    parts = found.parts().values()
+    hidden = [file.name for part in parts for file, reason in part.left_out if reason == HIDDEN]
+    again = [file.name for part in parts for file, reason in part.left_out if reason != HIDDEN]
+    other = [file.name for part in parts for file in part.ignored]
+    test = found.test
+    without = [name for name in found.train.classes if test is not None and not test.counts().get(name)]
+    told = (
+        (hidden, "hidden files and folders were left out"), (again, "folders that links lead to again were left out"),
+        (other, "files that are no images were left out"), (without, "classes have no test images"),
+    )  # fmt: skip
+    return [f"{len(names):,} {what}: {_some(names)}" for names, what in told if names]
+
+
+def _some(names: list[str]) -> str:
+    distinct = list(dict.fromkeys(shown(Path(name)) for name in names))
+    return ", ".join(distinct[:5]) + (", ..." if len(distinct) > 5 else "")
+
+
+def misfits(found: Layout) -> Named:
+    """Return the class folders that cannot be used, with the reason."""
+    bad = [(found.train.folder / name, "no images in this class: fill or remove the folder")
+           for name, count in found.train.counts().items() if count == 0]  # fmt: skip
+    for role, part in found.parts().items():
+        bad += [(part.folder / name, "a class that the training images have not")
+                for name in part.classes if name not in found.train.classes]  # fmt: skip
+        if not part.files:
+            bad.append((part.folder, f"no images in class folders: the {role} part is empty"))
+    return bad
+
+
+def _check_classes(found: Layout) -> None:
+    if not found.train.files:
+        raise DataError(f"{shown(found.train.folder)} has no images in class folders.")
+    for part in found.parts().values():
+        if outside := [name for name in part.classes if name not in found.train.classes]:
+            raise DataError(
+                f"{shown(part.folder)} has classes that the training images have not: {', '.join(outside)}."
+            )
+        if not part.files:
+            raise DataError(f"{shown(part.folder)} has no images in class folders.")
+    if empty := [name for name, count in found.train.counts().items() if count == 0]:
         raise DataError(
-            f"{split} has images of mixed size: {files[0]} is {shape[0]}x{shape[1]} and {other[0]} is "
-            f"{other[1][0]}x{other[1][1]}. Give size=N to bring the shorter side of each to N pixels and "
-            "cut out the centre."
+            f"{shown(found.train.folder)} has no images for {', '.join(empty)}: fill or remove these folders."
+        )
+
+
+def _first_shape(files: Sequence[Path], size: int | None) -> tuple[int, int, int]:
+    if size is not None:
+        return size, size, 3
+    # Where the first is bad the others are still tried, so that the error lists every bad file.
+    for result in in_parallel(lambda file: decode(file, None), files[:64]):
+        if not isinstance(result, str):
+            return result.shape[0], result.shape[1], 3
+    return 0, 0, 3
+
+
+def _decoded(part: Found, shape: tuple[int, int, int], size: int | None, bad: Named) -> NDArray[np.uint8]:
+    pixels = np.empty((len(part.files), *shape), np.uint8)
+    like: Path | None = None
+    other: tuple[Path, tuple[int, ...]] | None = None
+    for number, result in enumerate(in_parallel(lambda file: decode(file, size), part.files)):
+        file = part.files[number]
+        if isinstance(result, str):
+            bad.append((file, result))
+        elif result.shape == shape:
+            pixels[number], like = result, like or file
+        else:
+            other = other or (file, result.shape)
+    if other is not None and not bad:
+        first = f"{shown(like)} is" if like is not None else "the training images are"
+        raise DataError(
+            f"{shown(part.folder)} has images of mixed size: {first} {shape[0]}x{shape[1]} and {shown(other[0])} is "
+            f"{other[1][0]}x{other[1][1]}. Give --size N (in Python size=N) to bring the shorter side of each to N "
+            "pixels and cut out the centre."
         )
     return pixels
-
-
-def _refuse(split: Path, bad: Sequence[tuple[Path, str]]) -> None:
-    lines = [f"{file}: {reason}" for file, reason in bad[:20]]
-    more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
-    raise DataError(f"{split}: {len(bad)} of its files cannot be used:\n  " + "\n  ".join(lines + more))
-
-
-def _attempt(file: Path, size: int | None) -> NDArray[np.uint8] | str:
-    """Return the pixels (H, W, 3) of a file, or why there are none."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UnsupportedError("image folders need Pillow: pip install 'hasten[images]'.") from error
-    try:
-        with Image.open(file, formats=("JPEG", "PNG")) as image:
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                return f"{width}x{height} pixels are more than the {MOST_PIXELS:,} that are allowed"
-            if image.mode.startswith(("I", "F")):
-                return f"pixels of mode {image.mode} do not fit into 8 bits"
-            rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except (
-        Exception
-    ) as error:  # A decoder raises nearly anything on a damaged file; all of it is about this file.
-        return f"damaged or truncated ({type(error).__name__}: {error})"
-    if size is not None:
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR).crop(
-            (left, top, left + size, top + size)
-        )
-    return np.asarray(rgb)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from hasten.data.dataset import DataSet
+from hasten.data.held import HELD, held_name, held_note
 from hasten.data.images import Images, as_labels, blame, numbered
 from hasten.data.randomness import globals_state, set_globals
 from hasten.data.registry import load
@@ -24,8 +25,6 @@ ALLOWED = (
     "a name or path; a DataSet; arrays (x, y) or ((x, y), (x_test, y_test)); a map-style torch Dataset of (image, label) "
     "or (train, test) of them; or two DataLoaders (train, test)"
 )
-# What a set without a test part gives up for one.
-HELD = 0.1
 NO_FLIPS = "flips are left out: nothing says that a mirrored image keeps its label (replace(data, flip_ok=True) does)"
 
 
@@ -160,16 +159,6 @@ def _with_test(name: str, train: Images, test: Images | None, notes: list[str]) 
         train, test = train.cut(HELD)
         name, notes = held_name(name), [*notes, held_note(len(test))]
     return DataSet(name, train, test, flip_ok=False, notes=tuple(notes))
-
-
-def held_name(name: str) -> str:
-    """Return the name of a set whose test part was cut from its training samples."""
-    return f"{name} ({HELD:.0%} held out)"
-
-
-def held_note(count: int) -> str:
-    """Return the note on it."""
-    return f"there is no test part: {count:,} samples ({HELD:.0%} of each class) were held out as one"
 
 
 # -- datasets and loaders
