@@ -1,16 +1,17 @@
-"""``hasten compare``: how much sooner do methods reach an accuracy, here?"""
+"""``hasten compare``: how much sooner do methods reach the same accuracy, here?"""
 
 from __future__ import annotations
 
 import hashlib
 import json as json_
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hasten.cli.config import Config, method_from, recipe_from, resolved
-from hasten.cli.output import header, note, say, visible
+from hasten.cli.output import header, note, program_output, say, starting, visible
 from hasten.errors import SettingsError
 
 
@@ -37,6 +38,7 @@ def compare(
     test: Annotated[
         int | None, typer.Option(help="Stratified number of test images; all where not given.")
     ] = None,
+    size: Annotated[int | None, typer.Option(help="Bring images of any size to SIZE x SIZE pixels.")] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +51,9 @@ def compare(
     leave_one_out: Annotated[
         bool, typer.Option(help="Also run the stack of all methods less each one.")
     ] = True,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change of both recipes, as batch_size=64; repeatable.")
+    ] = None,
     plain: Annotated[
         list[str] | None, typer.Option(help="Change of the plain recipe, as epochs=5; repeatable.")
     ] = None,
@@ -56,14 +61,34 @@ def compare(
         list[str] | None, typer.Option(help="Change of the strong recipe, as epochs=5; repeatable.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of both recipes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of both recipes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size of both recipes.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer of both recipes: sgd, adamw, ...")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="File of weights to begin from, .safetensors or .pt.")
+    ] = None,
     budgets: Annotated[
         list[float] | None,
-        typer.Option(help="Shares of the strong baseline's epochs to run as controls; repeatable."),
+        typer.Option(
+            help="Share of the epochs to run every arm at, as 0.5; repeatable. Found by a first pass where not given."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each arm at each budget; 3 where not given.")
+    ] = None,
     target: Annotated[
-        str, typer.Option(help="Accuracy such as 0.9, or plain or strong for that baseline's median.")
-    ] = "plain",
+        str | None,
+        typer.Option(help="Accuracy to reach, such as 0.9; the highest that all arms reach where not given."),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Time that all of it may take, such as 20m: epochs, images and seeds are fitted into it."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; the accelerator if there is one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores where not given.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the comparison; the same call again runs what is missing.")
@@ -74,38 +99,43 @@ def compare(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Run baselines, methods and stacks in interleaved blocks and write a report. Stopped, it goes on where it was."""
+    """Train plainly, with the strong baseline and with methods at several budgets; say what reaches an accuracy sooner.
+
+    Stopped with Ctrl-C or killed, the same command goes on where it was.
+    """
     import sys
 
-    from hasten.comparison import Arm, baselines, controls, demo_arms
-    from hasten.comparison import compare as run
-    from hasten.comparison.arms import stacks
-
-    changed = [f"epochs={epochs}"] if epochs is not None else []
-    extra: dict[str, Any] = {}
     if (quick or thorough) and (not demo or (quick and thorough)):
         raise SettingsError("--quick and --thorough are two forms of --demo; give --demo with one of them.")
+    starting("hasten compare")
+    from hasten.cli.compare_told import Lines
+    from hasten.comparison import Arm, demo_arms, usual
+    from hasten.comparison import compare as run
+
+    extra: dict[str, Any]
     if demo:
         arms, extra = demo_arms()
-        extra["seeds"] = range(1 if quick else 5 if thorough else 3)
+        extra["seeds"] = 1 if quick else 5 if thorough else 3
         title = "hasten demo"
     else:
-        both = baselines(
-            recipe_from("plain", [*changed, *(plain or [])]),
-            recipe_from("strong", [*changed, *(strong or [])]),
-        )
-        arms = [*both, *controls(both[1], budgets or (0.5, 0.65, 0.8))]
-        arms += stacks(both[1], [method_from(text) for text in method or []], leave_one_out=leave_one_out)
+        shared = [*(set_ or []), *(f"{key}={value}" for key, value in
+                                   (("epochs", epochs), ("lr", lr), ("batch_size", batch_size), ("optimizer", optimizer))
+                                   if value is not None)]  # fmt: skip
+        arms = usual([method_from(text) for text in method or []], recipe_from("plain", [*shared, *(plain or [])]),
+                     recipe_from("strong", [*shared, *(strong or [])]), leave_one_out=leave_one_out)  # fmt: skip
+        base = next(arm for arm in arms if arm.kind == "strong")
         for text in stack or []:
             chosen = tuple(method_from(part) for part in text.split("+"))
-            name = "+".join(m.spec.name for m in chosen)
-            arms.append(Arm(name, both[1].recipe, (*both[1].methods, *chosen), "stack", f"+ {' + '.join(m.spec.name for m in chosen)}"))  # fmt: skip
-        extra = {"model": model, "data": data, "root": root, "train": train, "test": test, "seeds": range(seeds),
-                 "target": target if target in ("plain", "strong") else _number(target)}  # fmt: skip
+            names = [m.spec.name for m in chosen]
+            arms.append(
+                Arm("+".join(names), base.recipe, (*base.methods, *chosen), "stack", "+ " + " + ".join(names))
+            )
+        extra = {"model": model, "data": data, "root": root, "train": train, "test": test, "seeds": seeds, "size": size,
+                 "budgets": budgets, "init": init, "target": None if target is None else _number(target)}  # fmt: skip
         title = ""
     if out is None:
         identity = json_.dumps(
-            [arm.describe() for arm in arms] + [str(v) for v in extra.values()], sort_keys=True
+            [arm.describe() for arm in arms] + [str(v) for v in (*extra.values(), limit)], sort_keys=True
         )
         name = "demo" if demo else "compare"
         out = Path("runs") / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
@@ -117,23 +147,21 @@ def compare(
         (note if quiet else say)(line)
 
     tell(f"{header()}  ·  run: {out}")
-    total = len(arms) * len(extra.get("seeds", range(3)))
-    tell(f"Plan   {len(arms)} arms × {len(extra['seeds'])} seeds = {total} runs, interleaved; "
-         f"model {extra['model']}, data {extra['data']}")  # fmt: skip
-    for arm in arms:
-        tell(f"         {arm.name:24} {arm.recipe.epochs:g} epochs, batch {arm.recipe.batch_size}"
-             + "".join(f", {m}" for m in arm.methods))  # fmt: skip
+    tell(
+        f"Ask    how much sooner is the same accuracy reached?  model {extra['model']}, data {extra['data']}"
+    )
     command = " ".join(
         ["hasten", "compare", *(_demo_flags(quick, thorough) if demo else ("--config", "config.toml"))]
     )
-    finished = run(**extra, arms=arms, threads=threads, out=out, title=title, command=command,
-                   config_toml=resolved(context), tell=_Told(tell))  # fmt: skip
+    with program_output(quiet):
+        finished = run(**extra, arms=arms, threads=threads, limit=limit, device=device, out=out, title=title, command=command,
+                       config_toml=resolved(context), told=Lines(tell))  # fmt: skip
     assert finished.folder is not None
     for line in finished.lines():
         tell(line)
-    tell(
-        f"Report {finished.folder / 'report.html'}   (open it)      Next: hasten compare --data FOLDER --model resnet18"
-    )
+    tell(f"Report {finished.folder / 'report.html'}   (open it)")
+    for line in _next(finished, demo, model, data, root, size):
+        tell(line)
     for file, text in (
         ("config.toml", resolved(context)),
         ("env.json", json_.dumps(finished.data["environment"], indent=2) + "\n"),
@@ -146,42 +174,56 @@ def compare(
             sys.stdout.write(text)
         else:
             json.write_text(text, encoding="utf-8")
-    if all(run["failure"] for arm in finished.data["arms"] for run in arm["runs"]):
+    if all(
+        run["failure"] for arm in finished.data["arms"] for point in arm["points"] for run in point["runs"]
+    ):
         raise typer.Exit(1)
+
+
+def _next(finished: Any, demo: bool, model: str, data: str, root: str | None, size: int | None) -> list[str]:
+    """Return what to do with the answer, as commands that can be pasted."""
+    lines = []
+    if finished.data["network"]:
+        kept = finished.folder / finished.data["network"]
+        lines.append(
+            f"Keep   hasten export {shlex.quote(str(kept))} net.pt2      (the network of {_whose(finished.data)})"
+        )
+    if demo:
+        return [*lines, "Next   hasten compare --data FOLDER --model resnet18 --limit 20m"]
+    claim = finished.data["verdict"]["claim"]
+    row = next((arm for arm in finished.data["arms"] if arm["name"] == claim), None)
+    if row is None:
+        return [*lines, "Next   the same command with --seeds 5 and a longer --limit narrows the intervals"]
+    words = ["hasten", "train", "--model", model, "--data", data]
+    words += [
+        part
+        for flag, value in (("--root", root), ("--size", size))
+        if value is not None
+        for part in (flag, str(value))
+    ]
+    if row["kind"] == "baseline":
+        words += ["--recipe", "plain"]
+    for text in row["methods"]:
+        words += ["--method", text] if "mixed_precision" not in text else []
+    return [*lines, f"Next   {shlex.join(words)}"]
+
+
+def _whose(data: Any) -> str:
+    claim = data["verdict"]["claim"]
+    rows = {arm["name"]: arm for arm in data["arms"]}
+    best = claim or max(rows, key=lambda name: rows[name]["accuracy"]["mean"] or 0.0)
+    return str(rows[best]["label"])
 
 
 def _demo_flags(quick: bool, thorough: bool) -> tuple[str, ...]:
     return ("--demo", *(("--quick",) if quick else ()), *(("--thorough",) if thorough else ()))
 
 
-class _Told:
-    """Prints a line for each finished run, with the time that is left."""
-
-    def __init__(self, tell: Any) -> None:
-        import time
-
-        self._tell, self._now, self._begun, self._ran = tell, time.monotonic, time.monotonic(), 0
-        self._first = -1
-
-    def __call__(self, done: int, total: int, record: dict[str, Any]) -> None:
-        if self._first < 0:
-            self._first = done - 1
-        spent = self._now() - self._begun
-        left = spent / max(1, done - self._first) * (total - done)
-        what = f"failed: {record['failure']}" if record["failure"] else (
-            f"{100 * record['accuracy']:5.2f}% in {record['seconds_train']:6.1f} s")  # fmt: skip
-        self._tell(
-            f"Train  {done:>3}/{total}  {record['arm']:24} seed {record['seed']}  {what}   left {left:4.0f} s"
-        )
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise SettingsError(
-            f"target must be an accuracy such as 0.9, or plain or strong, got {text!r}."
-        ) from error
+        raise SettingsError(f"target must be an accuracy such as 0.9, got {text!r}.") from error
 
 
 def add_to(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hasten.comparison.arms import Arm, baselines, controls
+from hasten.comparison.arms import Arm, baselines
 from hasten.recipe import PLAIN, RECIPES
 from hasten.registry import method
 
@@ -22,7 +22,6 @@ def demo_arms() -> tuple[list[Arm], dict[str, Any]]:
     pruned = method("error_map_pruning", keep=0.5, start_at=0.5)
     return [
         *both,
-        *controls(base, (0.5, 0.75)),
         Arm("selective_backprop", base.recipe, (*base.methods, chosen), "method", "+ selective backprop"),
         Arm(
             "selective_backprop+error_map_pruning",

@@ -1,29 +1,47 @@
-"""Run arms in interleaved blocks, one seed a block, each run in a fresh process, and store every run at once."""
+"""Compare ways of training: plan, A/A test, a first pass that places the budgets, blocks, and the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hasten import keyed
 from hasten.checkpoint import claim_folder
-from hasten.comparison.arms import Arm, baselines, controls, stacks
-from hasten.comparison.noise import noise
+from hasten.comparison.arms import Arm, usual
+from hasten.comparison.blocks import Runner, jobs, noise
+from hasten.comparison.curves import Record, Shares
+from hasten.comparison.plan import (
+    SEEDS,
+    Plan,
+    compiled,
+    duration,
+    fitted,
+    from_text,
+    probe,
+    reference,
+)
+from hasten.comparison.prepare import built
+from hasten.comparison.shares import FIRST, placed
+from hasten.comparison.store import Runs
 from hasten.comparison.summary import summarise
-from hasten.comparison.worker import Workload, fresh_process, run_arm, threads_here
+from hasten.comparison.worker import Workload, fresh_process, handed_over, run_arm, threads_here
 from hasten.contract import Method
 from hasten.data import DataSet
-from hasten.errors import SettingsError
-from hasten.measure.load import Watch
-from hasten.measure.store import append_jsonl, read_jsonl
+from hasten.devices import training_device
+from hasten.errors import SettingsError, UnsupportedError
 from hasten.recipe import PLAIN, STRONG, Recipe
+from hasten.report.schema import Plan as PlanData
 from hasten.report.schema import ReportData
 
-Tell = Callable[[int, int, dict[str, Any]], None]
+VALIDATION = 0.1
+AA_PAIRS = 3
 
 
 @dataclass(frozen=True)
@@ -33,66 +51,121 @@ class Comparison:
     data: ReportData
     folder: Path | None
 
+    @property
+    def sentence(self) -> str:
+        """The answer."""
+        return self.data["verdict"]["sentence"]
+
     def lines(self) -> list[str]:
-        """Return the result table as plain text."""
+        """Return the answer and the result table as plain text."""
         from hasten.report.terminal import summary_lines
 
         return summary_lines(self.data)
 
 
+class Told:
+    """What a comparison tells while it goes on. This base class says nothing."""
+
+    def say(self, line: str) -> None:
+        """A line for the user: the plan, and what was decided."""
+
+    def run(self, done: int, planned: int, record: dict[str, Any]) -> None:
+        """A run ended; ``planned`` is how many there will be, as far as is known."""
+
+    def live(self, what: str, step: int, total: int) -> None:
+        """The run in progress is at ``step`` of ``total``."""
+
+
 def compare(
-    model: str | nn.Module | Callable[[], nn.Module] = "resnet8",
-    data: str | DataSet = "fashion-mnist-12k",
-    methods: Sequence[Method] = (),
+    model: str | nn.Module | Callable[..., nn.Module] = "resnet8",
+    data: Any = "fashion-mnist-12k",
+    methods: Sequence[Method | str] = (),
     *,
     arms: Sequence[Arm] | None = None,
     plain: Recipe = PLAIN,
     strong: Recipe = STRONG,
-    budgets: Sequence[float] = (0.5, 0.65, 0.8),
-    seeds: Iterable[int] = range(3),
-    target: float | str = "plain",
+    budgets: Sequence[float] | None = None,
+    seeds: int | Iterable[int] | None = None,
+    target: float | None = None,
+    limit: float | str | None = None,
+    device: str | None = None,
+    size: int | None = None,
+    init: Any = None,
+    optimizer: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    train_fn: Callable[..., None] | None = None,
     out: str | Path | None = None,
     root: str | None = None,
     train: int | None = None,
     test: int | None = None,
-    validation: bool = False,
     threads: int | None = None,
-    isolate: bool = True,
-    aa_seconds: float = 4.0,
+    isolate: bool | None = None,
+    aa_pairs: int = AA_PAIRS,
+    compile: bool = True,
+    leave_one_out: bool = True,
     title: str = "",
     command: str = "",
     config_toml: str = "",
-    tell: Tell = lambda done, total, record: None,
+    told: Told | None = None,
 ) -> Comparison:
     """Measure how much sooner ``methods`` reach an accuracy than plain and strong training, on this machine.
 
-    Without ``arms`` these run: both baselines, the strong one at ``budgets`` of its epochs, every method added to the
-    strong one, all methods together, and that stack less each method. target: an accuracy in (0, 1), or "plain" or
-    "strong" for that baseline's median accuracy. out: folder that keeps every finished run; the same call again runs
-    only what is missing. aa_seconds: length of the A/A test, the strong baseline's step against itself. tell: called after every run with (done, total, record).
+    Without ``arms`` these run: both baselines, every method added to the strong one, all methods together, and that
+    stack less each method. Each is trained at several budgets, which make its time-accuracy curve; the times to one
+    accuracy are read off these curves.
 
-    Raises ConflictError before anything runs if methods cannot be stacked, and SettingsError for a bad target.
+    model, data, init, optimizer, loss, train_fn, root, size: as in `hasten.fit`. budgets: shares of the epochs to run every arm at; without them a
+    first pass of one seed finds those that bracket the target. seeds: how many, or which; 3 where not given. target: an
+    accuracy in (0, 1); without it the highest that all arms are shown to reach, chosen on a tenth of the training images. limit: seconds, or text such as
+    "20m", into which epochs, seeds and images are fitted. device: where to train; the accelerator if there is one. out: folder that keeps every
+    finished run; the same call again runs only what is missing. isolate: give every run a process of its own; None does
+    where it is possible. aa_pairs: pairs of the A/A test, the strong baseline against itself; without it nothing is claimed. compile: try whether torch.compile pays.
+
+    Raises ConflictError before anything runs if methods cannot be stacked, SettingsError for bad settings, and HastenError
+    where model, data or an arm does not work.
     """
-    if isinstance(target, str) and target not in ("plain", "strong"):
-        raise SettingsError(f"target must be an accuracy in (0, 1), 'plain' or 'strong', got {target!r}.")
-    if not isinstance(target, str) and not 0 < target < 1:
-        raise SettingsError(f"target must be an accuracy in (0, 1), such as 0.9, got {target}.")
-    if arms is None:
-        both = baselines(plain, strong)
-        arms = [*both, *controls(both[1], budgets), *stacks(both[1], methods)]
-    seeds = list(seeds)
-    names = [arm.name for arm in arms]
-    if not seeds or len(set(names)) != len(names):
+    begun, told = time.monotonic(), told or Told()
+    if target is not None and not (isinstance(target, int | float) and 0 < target < 1):
+        raise SettingsError(f"target must be an accuracy in (0, 1), such as 0.9, got {target!r}.")
+    if budgets is not None and not (len(budgets) > 0 and all(0 < b <= 1 for b in budgets)):
         raise SettingsError(
-            f"give at least one seed and arms with different names; got seeds {seeds}, arms {names}."
+            f"budgets must be shares of the epochs in (0, 1], such as 0.25, 0.5 and 1, got {list(budgets)}."
         )
-    workload = Workload(model, data, root, train, test, validation, threads or threads_here())
+    if arms is None:
+        arms = usual([_method(m) for m in methods], plain, strong, leave_one_out=leave_one_out,
+                     optimizer=optimizer, loss=loss, train_fn=train_fn)  # fmt: skip
+    arms, numbers = list(arms), _numbers(seeds)
+    names = [arm.name for arm in arms]
+    if not numbers or not arms or len(set(names)) != len(names):
+        raise SettingsError(
+            f"give at least one seed and arms with different names; got seeds {numbers}, arms {names}."
+        )
+    workload = Workload(
+        model,
+        data,
+        root,
+        size,
+        train,
+        test,
+        1.0,
+        0.0,
+        threads or threads_here(),
+        training_device(device),
+        init,
+    )
+    seconds = from_text(limit) if isinstance(limit, str) else limit
+    if isolate is None or isolate:
+        why = handed_over(workload, arms)
+        if why and isolate:
+            raise UnsupportedError(f"every run gets a process of its own, and this cannot be handed to one: {why}. Give a name, "
+                                   f"file.py:factory or pkg.mod:factory, or compare(..., isolate=False).")  # fmt: skip
+        if why:
+            told.say(f"Note   all runs share this process, since they cannot be handed to others: {why}")
+        isolate = not why
     folder = claim_folder(Path(out), kind="hasten comparison") if out is not None else None
-    records = run_blocks(workload, arms, seeds, folder, isolate, tell)
-    base = next((arm for arm in arms if arm.kind == "strong"), None)
-    aa = noise(workload, base, aa_seconds) if base is not None and aa_seconds > 0 else None
-    report = summarise(workload, arms, records, target=target, title=title, command=command, aa=aa,
-                       config_toml=config_toml)  # fmt: skip
+    course = _Course(workload, arms, numbers, folder, isolate, told, begun, seconds, seeds is not None, target,
+                     tuple(sorted({*budgets, 1.0})) if budgets else None, aa_pairs, compile)  # fmt: skip
+    report = course.run(title, command, config_toml)
     if folder is not None:
         from hasten.report import write
 
@@ -100,39 +173,216 @@ def compare(
     return Comparison(report, folder)
 
 
-def run_blocks(
-    workload: Workload,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    folder: Path | None,
-    isolate: bool,
-    tell: Tell,
-) -> list[dict[str, Any]]:
-    """Run every arm once for every seed, the arms of a seed one after the other in random order; return the records.
+def _method(given: Method | str) -> Method:
+    if isinstance(given, str):
+        from hasten.cli.config import method_from
 
-    A record found in ``folder/runs.jsonl`` under the same key is taken instead of running again. Each record says which
-    block it belongs to, and what other processes took of the machine meanwhile.
-    """
-    path = folder / "runs.jsonl" if folder is not None else None
-    known = {r["key"]: r for r in read_jsonl(path)} if path is not None and path.exists() else {}
-    total, records = len(arms) * len(seeds), []
-    for block, seed in enumerate(seeds):
-        order = [arms[i] for i in keyed.permutation(len(arms), "blocks", seed)]
-        for arm in order:
-            key = arm.key(seed, workload.describe())
-            record = known.get(key)
-            if record is None:
-                watch = Watch()
-                record = fresh_process(workload, arm, seed) if isolate else run_arm(workload, arm, seed)
-                load, disturbed = watch.stop()
-                record |= {
-                    "key": key,
-                    "disturbed": disturbed,
-                    "load": load.to_json(),
-                    "settings": arm.describe(),
-                }
-                if path is not None:
-                    append_jsonl(path, record)
-            records.append({**record, "block": block, "arm": arm.name})
-            tell(len(records), total, record)
-    return records
+        return method_from(given)  # type: ignore[no-any-return]
+    return given
+
+
+def _numbers(seeds: int | Iterable[int] | None) -> list[int]:
+    return (
+        list(range(SEEDS if seeds is None else seeds))
+        if seeds is None or isinstance(seeds, int)
+        else list(seeds)
+    )
+
+
+@dataclass
+class _Course:
+    """The course of one comparison."""
+
+    workload: Workload
+    arms: list[Arm]
+    seeds: list[int]
+    folder: Path | None
+    isolate: bool
+    told: Told
+    begun: float
+    limit: float | None
+    seeds_given: bool
+    target: float | None
+    fixed: tuple[float, ...] | None
+    pairs: int
+    compile: bool
+
+    def run(self, title: str, command: str, config_toml: str) -> ReportData:
+        """Plan, run, and return the report's data."""
+        base = reference(self.arms)
+        data, _, _ = built(self.workload, base)
+        whole = data
+        if self.target is None and _can_hold_out(data):
+            self.workload = dataclasses.replace(self.workload, validation=VALIDATION)
+            data = self.workload.load()
+        plan = self._planned(data)
+        if plan.keep < 1:
+            self.workload = dataclasses.replace(self.workload, keep=plan.keep)
+            data = self.workload.load()
+        self.arms = plan.arms
+        base = reference(self.arms)
+        _, settings, training = built(self.workload, base)
+        runs = Runs(self.folder, self.workload, data)
+        runner = Runner(
+            self.workload,
+            runs,
+            self.folder,
+            self.isolate,
+            plan.runs,
+            self.told.run,
+            self.told.live,
+            plan.seeds[0],
+        )
+        predicted = time.monotonic() - self.begun + plan.seconds
+        self.told.say(f"Plan   {len(self.arms)} arms × {len(plan.seeds)} seeds at several budgets, about {plan.runs} runs; "
+                      f"predicted {duration(predicted)}{f' (limit {duration(self.limit)})' if self.limit else ''}")  # fmt: skip
+        for change in plan.changes:
+            self.told.say(f"         {change}")
+        for arm in self.arms:
+            self.told.say(f"         {arm.name:24} {arm.recipe.epochs:g} epochs, batch {arm.recipe.batch_size}, "
+                          f"{duration(plan.costs[arm.name].run(1.0))} a full run" + "".join(f", {m}" for m in arm.methods))  # fmt: skip
+        aa = noise(runner, base, min(self.fixed or FIRST), self.pairs) if self.pairs else None
+        if aa is not None:
+            self.told.say(f"A/A    {base.name} against itself: {aa['ratio']:.3f}x [{aa['lo']:.3f}, {aa['hi']:.3f}]"
+                          + ("" if aa["ok"] else ": the interval does not hold 1, so nothing will be claimed"))  # fmt: skip
+        shares, records, seeds = self._blocks(runner, plan)
+        if runs.taken:
+            self.told.say(f"{runs.taken} of {runs.taken + runs.ran} runs taken from {self.folder}")
+        plan_data: PlanData = {
+            "predicted": predicted, "taken": time.monotonic() - self.begun, "limit": self.limit, "runs": runs.taken + runs.ran,
+            "reused": runs.taken, "changes": [*plan.changes, *seeds],
+        }  # fmt: skip
+        report = summarise(settings, self.arms, shares, records, goal=self.target, aa=aa, title=title, training_macs=training,
+                           plan=plan_data, notes=self._notes(whole), command=command, config_toml=config_toml)  # fmt: skip
+        report["network"] = self._kept(runner, report)
+        return report
+
+    # -- the plan
+    def _planned(self, data: Any) -> Plan:
+        costs: dict[str, Any] = {}
+        steps = _steps(data)
+        for arm in self.arms:
+            self.told.live(f"timing a few steps of {arm.name}", len(costs), len(self.arms))
+            costs[arm.name], _ = probe(self._probe, arm, steps(arm))
+        arms, words = (
+            compiled(self.arms, costs, self._probe, steps(reference(self.arms)))
+            if self.compile
+            else (self.arms, "")
+        )
+        if arms != self.arms:
+            for arm in arms:
+                if any(m.settings().get("compile") for m in arm.methods if m.spec.name == "mixed_precision"):
+                    costs[arm.name], _ = probe(self._probe, arm, steps(arm))
+        plan = Plan(
+            arms, self.seeds, costs, 1.0, self.fixed, self.pairs, self.limit, [words] if words else []
+        )
+        return fitted(plan, data.train_count, len(data.classes), seeds_given=self.seeds_given,
+                      spent=time.monotonic() - self.begun, can_cut=isinstance(data, DataSet))  # fmt: skip
+
+    def _probe(self, arm: Arm, share: float) -> Record:
+        begun = time.monotonic()
+        run = fresh_process if self.isolate else run_arm
+        record = run(self.workload, arm, share, 0)
+        return {**record, "wall": time.monotonic() - begun}
+
+    # -- the runs
+    def _blocks(self, runner: Runner, plan: Plan) -> tuple[Shares, list[Record], list[str]]:
+        first = plan.seeds[0]
+        if self.fixed:
+            shares: dict[str, tuple[float, ...]] = dict.fromkeys((arm.name for arm in self.arms), self.fixed)
+            start: list[Record] = []
+        else:
+            start = runner.block(
+                0, first, jobs(self.arms, dict.fromkeys((a.name for a in self.arms), FIRST)), "first pass"
+            )
+            shares = self._placed(start)
+        done = {(r["arm"], r["share"]) for r in start}
+        missing = [job for job in jobs(self.arms, shares) if (job[0].name, job[1]) not in done]
+        each = sum(len(own) for own in shares.values())
+        runner.planned = runner.done + len(missing) + each * (len(plan.seeds) - 1)
+        records = [*start, *runner.block(0, first, missing)]
+        changes: list[str] = []
+        block_seconds = 0.0
+        for block, seed in enumerate(plan.seeds[1:], 1):
+            spent = time.monotonic() - self.begun
+            if self.limit and block >= 2 and spent + block_seconds > self.limit:
+                changes.append(f"{block} of {len(plan.seeds)} seeds, since the limit was near")
+                self.told.say(f"         {changes[-1]}")
+                break
+            records += runner.block(block, seed, jobs(self.arms, shares))
+            block_seconds = max(block_seconds, time.monotonic() - self.begun - spent)
+        return shares, records, changes
+
+    def _placed(self, start: Sequence[Record]) -> dict[str, tuple[float, ...]]:
+        points: dict[str, dict[float, float]] = {}
+        for r in start:
+            if r["failure"] is None and not (r.get("idle") and r["share"] < 1):
+                seen = r["accuracy"] if r.get("validation") is None else r["validation"]
+                points.setdefault(r["arm"], {})[r["share"]] = seen
+        base = reference(self.arms).name
+        usable = {name: own for name, own in points.items() if 1.0 in own}
+        chosen: Mapping[str, tuple[float, ...]] = placed(usable, base, self.target) if base in usable else {}
+        return {arm.name: chosen.get(arm.name, (0.5, 1.0)) for arm in self.arms}
+
+    # -- the rest
+    def _notes(self, whole: Any) -> list[str]:
+        notes = []
+        if self.workload.validation:
+            notes.append(
+                f"A tenth of the training images chose the target and the budgets and was not trained on ({whole.train_count:,} images in all)."
+            )
+        elif self.target is None:
+            notes.append(
+                "The target was chosen on the test images, since no validation part can be cut from this data."
+            )
+        if getattr(whole, "owns_augmentation", False):
+            notes.append("The data's own loader decides order and augmentation.")
+        if not self.isolate:
+            notes.append("All runs shared one process, so caches and memory of one may have served the next.")
+        if self.workload.train or self.workload.test:
+            notes.append(
+                f"Stratified part of the data: {self.workload.train or 'all'} training and {self.workload.test or 'all'} test images."
+            )
+        return notes
+
+    def _kept(self, runner: Runner, report: ReportData) -> str | None:
+        """Keep the claimed arm's full run of the first seed as ``network``, and remove all others."""
+        if self.folder is None:
+            return None
+        name = report["verdict"]["claim"] or _most_accurate(report)
+        place, work = self.folder / "network", self.folder / "work"
+        arm = next((a for a in self.arms if a.name == name), None)
+        if arm is not None:
+            run = work / runner.runs.key(arm, 1.0, runner.first_seed)
+            if run.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(run, place)
+        shutil.rmtree(work, ignore_errors=True)
+        return "network" if place.is_dir() else None
+
+
+def _most_accurate(report: ReportData) -> str:
+    return max(report["arms"], key=lambda row: row["accuracy"]["mean"] or 0.0)["name"]
+
+
+def _can_hold_out(data: Any) -> bool:
+    if data.has_validation:
+        return False
+    try:
+        data.hold_out(VALIDATION)
+    except (UnsupportedError, SettingsError):
+        return False
+    except Exception as error:  # a class of one image cannot be in both parts
+        from hasten.errors import DataError
+
+        if isinstance(error, DataError):
+            return False
+        raise
+    return True
+
+
+def _steps(data: Any) -> Callable[[Arm], int]:
+    def steps(arm: Arm) -> int:
+        return len(data.training(arm.recipe.batch_size, seed=0))
+
+    return steps

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import itertools
 import multiprocessing as mp
 import os
 import resource
+import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -17,64 +23,98 @@ import torch
 from torch import nn
 
 from hasten.comparison.arms import Arm
-from hasten.data import DataSet, load
+from hasten.data import DataSet, as_data
+from hasten.data.images import held_out
+from hasten.data.streams import Streams
 from hasten.errors import HastenError, UnsupportedError
 from hasten.loop import fit
+from hasten.progress import Progress, silent
+
+PATIENCE = 20.0
+"""Seconds that a stopped run gets to save itself."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What all arms share. train and test cut the data to stratified parts of that size; validation: tune, do not test."""
+    """What all arms share.
 
-    model: str | nn.Module | Callable[[], nn.Module]
-    data: str | DataSet
+    train and test cut the data to stratified parts of that size, keep to a share of the training images in which every
+    class keeps its share. validation: the share of the training images that is held out to choose the target with, 0 for
+    none.
+    """
+
+    model: str | nn.Module | Callable[..., nn.Module]
+    data: Any
     root: str | None = None
+    size: int | None = None
     train: int | None = None
     test: int | None = None
-    validation: bool = False
+    keep: float = 1.0
+    validation: float = 0.0
     threads: int | None = None
     device: str = "cpu"
+    init: Any = None
 
-    def load(self) -> DataSet:
-        """Return the data set that every run uses."""
-        data = self.data if isinstance(self.data, DataSet) else load(self.data, self.root)
-        if self.validation:
-            data = data.split_validation(0.1)
-        if self.train is not None or self.test is not None:
-            data = data.stratified(self.train, self.test)
-        return data
-
-    def describe(self) -> dict[str, Any]:
-        """Return what shapes a run, as plain JSON."""
-        model = (
-            self.model
-            if isinstance(self.model, str)
-            else getattr(self.model, "__qualname__", type(self.model).__name__)
-        )
-        data = self.data if isinstance(self.data, str) else self.data.name
-        return {"model": model, "data": data, "train": self.train, "test": self.test, "validation": self.validation,
-                "threads": self.threads, "device": self.device}  # fmt: skip
+    def load(self) -> DataSet | Streams:
+        """Return the data that every run uses."""
+        data = as_data(self.data, root=self.root, size=self.size)
+        if isinstance(data, DataSet):
+            if self.train is not None or self.test is not None:
+                data = data.stratified(self.train, self.test)
+            if self.keep < 1:
+                chosen = held_out(data.train.labels, data.classes, self.keep, 1)
+                data = dataclasses.replace(data, train=data.train.take(chosen))
+        elif self.train is not None or self.test is not None or self.keep < 1:
+            raise UnsupportedError(
+                "a part of this data cannot be cut out, since its own loader reads it: leave train and test out and give "
+                "a shorter loader."
+            )
+        return data.hold_out(self.validation) if self.validation and not data.has_validation else data
 
 
-def run_arm(workload: Workload, arm: Arm, seed: int, out: Path | None = None) -> dict[str, Any]:
-    """Run ``arm`` here and return its record; a HastenError becomes a failure in the record."""
+Told = Callable[[int, int], None]
+"""Told of a run's progress: steps done and steps in all."""
+
+
+class _Steps(Progress):
+    def __init__(self, told: Told) -> None:
+        self._told, self._last = told, 0.0
+
+    def step(self, step: int, total: int, loss: float) -> None:
+        now = time.monotonic()
+        if now - self._last > 0.2:
+            self._last = now
+            self._told(step, total)
+
+
+def run_arm(
+    workload: Workload, arm: Arm, share: float, seed: int, out: Path | None = None, told: Told | None = None
+) -> dict[str, Any]:
+    """Run ``arm`` at ``share`` of its budget here and return its record; a HastenError becomes a failure in the record."""
     begun, cpu = time.perf_counter(), time.process_time()
     if workload.threads:
         torch.set_num_threads(workload.threads)
-    record: dict[str, Any] = {"arm": arm.name, "seed": seed, "failure": None, "accuracy": None, "curve": [],
-                              "spans": {}, "counters": {}, "witness": {}, "effects": {}, "seconds_train": None}  # fmt: skip
+    record: dict[str, Any] = {"arm": arm.name, "share": share, "seed": seed, "failure": None, "accuracy": None,
+                              "validation": None, "spans": {}, "counters": {}, "witness": {}, "effects": {}, "idle": [],
+                              "seconds_train": None, "resumed": False, "stopped": 0}  # fmt: skip
+    step_at: list[float] = []
     try:
-        result = fit(workload.model, workload.load(), arm.methods, recipe=arm.recipe, seed=seed,
-                     device=workload.device, out=out)  # fmt: skip
+        result = fit(workload.model, workload.load(), arm.methods, recipe=arm.at(share), seed=seed, out=out,
+                     device=workload.device, init=workload.init, loss=arm.loss, optimizer=arm.optimizer,
+                     train_fn=arm.train_fn, share=share, on_step=lambda step: step_at.append(time.perf_counter()),
+                     progress=_Steps(told) if told is not None else silent)  # fmt: skip
+        idle = [name for name, counts in result.witness.items() if counts and not any(counts.values())]
         record |= {
-            "accuracy": result.accuracy, "curve": [list(row) for row in result.curve], "spans": result.spans,
+            "accuracy": result.accuracy, "validation": result.validation, "spans": result.spans,
             "counters": result.counters, "witness": result.witness, "seconds_train": result.seconds_train,
+            "seconds_attach": result.seconds_attach, "steps": result.steps, "stopped": result.stopped, "idle": idle,
+            "resumed": any("continued" in message for message in result.messages),
+            "step_seconds": _typical(step_at),
             "effects": {name: {"touched": e.touched, "skipped": e.skipped, "saves": e.saves, "work": e.work,
                                "emulated": e.emulated}
                         for name, e in result.effects.items()},
         }  # fmt: skip
-        idle = [name for name, counts in result.witness.items() if counts and not any(counts.values())]
-        if idle:
+        if idle and share == 1:
             record["failure"] = (
                 f"{', '.join(idle)} never acted in this run, so the run shows nothing about it"
             )
@@ -88,53 +128,127 @@ def run_arm(workload: Workload, arm: Arm, seed: int, out: Path | None = None) ->
     return record
 
 
-def _child(connection: Connection, workload: Workload, arm: Arm, seed: int) -> None:
+def _typical(moments: list[float]) -> float | None:
+    """Return the median time between steps, in seconds."""
+    gaps = sorted(b - a for a, b in itertools.pairwise(moments))
+    return gaps[len(gaps) // 2] if gaps else None
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that made it ends, however it ends. Linux only."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _child(
+    connection: Connection, workload: Workload, arm: Arm, share: float, seed: int, out: Path | None
+) -> None:
+    die_with_parent()
+
+    def told(step: int, total: int) -> None:
+        with suppress(OSError):
+            connection.send((step, total))
+
     try:
-        record = run_arm(workload, arm, seed)
+        with redirect_stdout(sys.stderr):  # what the user's model prints must not spoil a program's output
+            record = run_arm(workload, arm, share, seed, out, told)
     except Exception as error:  # the parent must learn of a bug in user code, too, instead of waiting
-        record = {"arm": arm.name, "seed": seed, "failure": f"{type(error).__name__}: {error}"}
+        record = {
+            "arm": arm.name,
+            "share": share,
+            "seed": seed,
+            "failure": f"{type(error).__name__}: {error}",
+        }
     connection.send(record)
     connection.close()
 
 
-def fresh_process(workload: Workload, arm: Arm, seed: int) -> dict[str, Any]:
+def fresh_process(
+    workload: Workload, arm: Arm, share: float, seed: int, out: Path | None = None, told: Told | None = None
+) -> dict[str, Any]:
     """Run ``arm`` in a fresh process and return its record; if the process dies, a record of the failure.
 
     Processes are forked from a server that has imported torch and nothing more, so a run does not pay for imports and
-    starts with no caches. Raises UnsupportedError if model or data cannot be handed to another process.
+    starts with no caches. Interrupted, it has the run save itself before it ends the process. Raises UnsupportedError if
+    model or data cannot be handed to another process.
     """
     context = mp.get_context("forkserver")
     # optimizers import torch._dynamo when the first is made, which takes a second that every run would pay
     context.set_forkserver_preload(["hasten.comparison.worker", "torch._dynamo"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, workload, arm, seed), daemon=True)
+    process = context.Process(target=_child, args=(theirs, workload, arm, share, seed, out), daemon=True)
     try:
         process.start()
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
         raise UnsupportedError(
-            f"every run gets a process of its own, and this model or data cannot be handed to one ({error}): give a "
-            f"name, file.py:factory or pkg.mod:factory, or compare(..., isolate=False)."
+            f"every run gets a process of its own, and this model or data cannot be handed to one "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): give a name, file.py:factory or pkg.mod:factory, or "
+            f"compare(..., isolate=False)."
         ) from error
     theirs.close()
     record: dict[str, Any] | None = None
     try:
-        wait([ours, process.sentinel])  # the pipe alone may be held open by another process
-        if ours.poll():
-            with suppress(EOFError):
-                record = ours.recv()
+        while record is None:
+            wait([ours, process.sentinel])  # the pipe alone may be held open by another process
+            if not ours.poll():
+                break
+            try:
+                message = ours.recv()
+            except EOFError:
+                break
+            if isinstance(message, dict):
+                record = message
+            elif told is not None:
+                told(*message)
     except BaseException:
+        if out is not None and process.is_alive():
+            process.terminate()  # the run saves itself and ends
+            process.join(PATIENCE)
         process.kill()
         raise
     process.join()
     if record is None:
         code = process.exitcode or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        record = {
-            "arm": arm.name,
-            "seed": seed,
-            "failure": f"the run's process {how} before it gave a result",
-        }
+        record = {"arm": arm.name, "share": share, "seed": seed,
+                  "failure": f"the run's process {how} before it gave a result"}  # fmt: skip
+    if record.get("stopped"):
+        raise KeyboardInterrupt
     return record
+
+
+def handed_over(workload: Workload, arms: Any) -> str:
+    """Return why model, data or arms cannot be handed to another process, or nothing."""
+    if getattr(mp.current_process(), "_inheriting", False):
+        raise UnsupportedError(
+            "compare(...) was called while a run's process imported your script: put the call under `if __name__ == "
+            '"__main__":`, or give compare(..., isolate=False).'
+        )
+    from multiprocessing.reduction import ForkingPickler
+
+    main = sys.modules.get("__main__")
+    if getattr(main, "__file__", None) is None and getattr(main, "__spec__", None) is None:
+        named = [workload.model, *(f for arm in arms for f in (arm.optimizer, arm.loss, arm.train_fn))]
+        for thing in named:
+            kind = thing if callable(thing) and not isinstance(thing, nn.Module) else type(thing)
+            if getattr(kind, "__module__", "") == "__main__":
+                return "the model or a function was made in a notebook or on standard input, which no other process can read"
+    try:
+        ForkingPickler.dumps((workload, tuple(arms)))
+    except Exception as error:
+        return (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it cannot be pickled'}"
+        )
+    return ""
+
+
+def clean(folder: Path | None) -> None:
+    """Remove a run's folder."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def threads_here() -> int:

@@ -40,7 +40,12 @@ class TimeCurve:
         for name in ("budgets", "seconds", "accuracies"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
         shape = (*self.budgets.shape, self.seconds.shape[-1] if self.seconds.ndim else 0)
-        if self.budgets.ndim != 1 or self.seconds.shape != shape or self.accuracies.shape != shape or 0 in shape:
+        if (
+            self.budgets.ndim != 1
+            or self.seconds.shape != shape
+            or self.accuracies.shape != shape
+            or 0 in shape
+        ):
             raise SettingsError(
                 f"a curve needs budgets (K,), seconds and accuracies (K, n); got {self.budgets.shape}, "
                 f"{self.seconds.shape}, {self.accuracies.shape}."
@@ -65,12 +70,12 @@ class TimeCurve:
     @cached_property
     def levels(self) -> Floats:
         """Mean accuracies made non-decreasing in the budget, weighted by the number of runs, (K,)."""
-        return isotonic(self.means, self.counts)
+        return np.asarray(isotonic(self.means, self.counts), np.float64)
 
     @cached_property
     def counts(self) -> Floats:
         """Finished runs at each budget, (K,)."""
-        return (~np.isnan(self.accuracies)).sum(1).astype(np.float64)
+        return np.asarray((~np.isnan(self.accuracies)).sum(1), np.float64)
 
     @cached_property
     def grid(self) -> Floats:
@@ -137,7 +142,9 @@ class TimeCurve:
         spread = np.where(own > 0, np.nanvar(self.accuracies, axis=1) * self.counts / np.maximum(own, 1), 0.0)
         variance, weight = pooled
         freedom = own + weight
-        moderated = np.divide(own * spread + weight * variance, freedom, out=np.zeros_like(own), where=freedom > 0)
+        moderated = np.divide(
+            own * spread + weight * variance, freedom, out=np.zeros_like(own), where=freedom > 0
+        )
         at = np.atleast_1d(np.asarray(place, np.float64))
         if len(self.place) == 1:
             right = np.zeros(len(at), np.int64)
@@ -145,10 +152,17 @@ class TimeCurve:
         else:
             right = np.clip(np.searchsorted(self.place, at), 1, len(self.place) - 1)
             share = np.clip((at - self.place[right - 1]) / (self.place[right] - self.place[right - 1]), 0, 1)
-        parts = np.stack([(1 - share) ** 2 * (moderated / self.counts)[right - 1], share**2 * (moderated / self.counts)[right]])
+        parts = np.stack(
+            [
+                (1 - share) ** 2 * (moderated / self.counts)[right - 1],
+                share**2 * (moderated / self.counts)[right],
+            ]
+        )
         total = parts.sum(0)
         squares = parts**2 / np.maximum(np.stack([freedom[right - 1], freedom[right]]), 1e-9)
-        return np.sqrt(total), np.divide(total**2, squares.sum(0), out=np.ones_like(total), where=squares.sum(0) > 0)
+        return np.sqrt(total), np.divide(
+            total**2, squares.sum(0), out=np.ones_like(total), where=squares.sum(0) > 0
+        )
 
 
 def isotonic(values: ArrayLike, weights: ArrayLike) -> Floats:
@@ -160,9 +174,11 @@ def isotonic(values: ArrayLike, weights: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Span:
-    """A value with its interval; ``low`` may be 0 and ``high`` infinite where the runs do not bound that side."""
+    """A value with its interval. ``value`` is None where the mean curves do not tell it; ``low`` may be 0 and ``high`` infinite where the
+    runs do not bound that side.
+    """
 
-    value: float
+    value: float | None
     low: float
     high: float
 
@@ -178,51 +194,46 @@ def pooled_spread(curves: Sequence[TimeCurve]) -> tuple[float, float]:
     return (squares / freedom, min(BORROWED, freedom)) if freedom > 0 else (0.0, 0.0)
 
 
-def time_to(curve: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95) -> Span | None:
-    """Return the seconds at which ``curve`` reaches ``accuracy``; None where the mean curve does not, or begins above."""
+def time_to(curve: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95) -> Span:
+    """Return the seconds at which ``curve`` reaches ``accuracy``; no value where it ends below or begins above."""
     place = curve.find(accuracy)
-    if not math.isfinite(place):
-        return None
-    value = float(curve.mean_seconds(place)[0])
+    value = float(curve.mean_seconds(place)[0]) if math.isfinite(place) else None
     if _one_seed(curve):
         return Span(value, 0.0, math.inf)
-    return _interval(value, [_Side(curve, accuracy, pooled, 1.0)], curve.log_seconds(place)[0], confidence)
+    return _interval(
+        value, [_Side(curve, accuracy, pooled, 1.0)], curve.log_seconds(_held(curve, place))[0], confidence
+    )
 
 
 def sooner(
-    baseline: TimeCurve, arm: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95
-) -> Span | None:
+    baseline: TimeCurve,
+    arm: TimeCurve,
+    accuracy: float,
+    pooled: tuple[float, float],
+    confidence: float = 0.95,
+) -> Span:
     """Return how much sooner ``arm`` reaches ``accuracy``: the baseline's time over the arm's, above 1 is sooner.
 
     The interval holds every ratio that the runs do not contradict: for two times to be right, each curve's accuracy
     there must be the target up to its error over seeds, and their ratio may differ by the spread of the blocks' paired
     times; the squares of these deviations together stay below the squared t quantile. Where a curve may end below the
-    accuracy, or begin above it, that end is open (0 or infinity). None where a mean curve does not reach the accuracy
-    or begins above it.
+    accuracy, or begin above it, that end is open (0 or infinity). Without a value where a mean curve does not reach
+    the accuracy or begins above it; the interval still tells what is known.
     """
     places = [baseline.find(accuracy), arm.find(accuracy)]
-    if not all(map(math.isfinite, places)):
-        return None
-    paired = baseline.log_seconds(places[0])[0] - arm.log_seconds(places[1])[0]
+    at = [_held(curve, place) for curve, place in zip((baseline, arm), places, strict=True)]
+    paired = baseline.log_seconds(at[0])[0] - arm.log_seconds(at[1])[0]
     if np.isnan(paired).all():
-        return None
-    value = float(np.exp(np.nanmean(paired)))
+        return Span(None, 0.0, math.inf)
+    value = float(np.exp(np.nanmean(paired))) if all(map(math.isfinite, places)) else None
     if _one_seed(baseline) or _one_seed(arm):
         return Span(value, 0.0, math.inf)
     sides = [_Side(baseline, accuracy, pooled, 1.0), _Side(arm, accuracy, pooled, -1.0)]
     return _interval(value, sides, paired, confidence)
 
 
-def bound(baseline: TimeCurve, arm: TimeCurve, accuracy: float, pooled: tuple[float, float], confidence: float = 0.95) -> float:
-    """Return a lower bound of `sooner` that also holds where the baseline never reaches ``accuracy``; 0 for none."""
-    place = arm.find(accuracy)
-    if not math.isfinite(place) or _one_seed(baseline) or _one_seed(arm):
-        return 0.0
-    paired = baseline.log_seconds(baseline.place[-1])[0] - arm.log_seconds(place)[0]
-    if np.isnan(paired).all():
-        return 0.0
-    sides = [_Side(baseline, accuracy, pooled, 1.0), _Side(arm, accuracy, pooled, -1.0)]
-    return _interval(float(np.exp(np.nanmean(paired))), sides, paired, confidence).low
+def _held(curve: TimeCurve, place: float) -> float:
+    return min(max(place, float(curve.place[0])), float(curve.place[-1]))
 
 
 def _one_seed(curve: TimeCurve) -> bool:
@@ -238,7 +249,7 @@ class _Side:
         # no spread at all among the seeds: then only the mean curve itself decides
         error = np.maximum(error, 1e-12)
         off = (curve.heights - accuracy) / error
-        at = np.clip(curve.find(accuracy), grid[0], grid[-1])
+        at = _held(curve, curve.find(accuracy))
         time = np.nanmean(curve.times, axis=1)
         # beyond the last budget lie all longer times, before the first all shorter ones
         cost = np.concatenate([[max(0.0, -off[0])], off, [max(0.0, off[-1])]]) ** 2
@@ -255,7 +266,7 @@ class _Side:
         self.freedom = float(freedom[nearest])
 
 
-def _interval(value: float, sides: Sequence[_Side], paired: Floats, confidence: float) -> Span:
+def _interval(value: float | None, sides: Sequence[_Side], paired: Floats, confidence: float) -> Span:
     from scipy.special import stdtrit
 
     known = paired[~np.isnan(paired)]
@@ -276,4 +287,6 @@ def _interval(value: float, sides: Sequence[_Side], paired: Floats, confidence: 
         return Span(value, 0.0, math.inf)
     room = np.sqrt(clock * (limit - cost[allowed]))
     ends = float(np.exp((low[allowed] - room).min())), float(np.exp((high[allowed] + room).max()))
-    return Span(value, min(ends[0], value), max(ends[1], value))
+    if value is not None:
+        ends = min(ends[0], value), max(ends[1], value)
+    return Span(value, *ends)

@@ -1,4 +1,4 @@
-"""The statistics behind every claim: paired speedups, non-inferior accuracy, first hits.
+"""The statistics behind every claim: paired speedups, non-inferior accuracy.
 
 Convention: ``a`` is the baseline, ``b`` the candidate, so a speedup above 1 means that ``b`` takes less time.
 scipy is imported inside the functions, so that importing hasten stays quick.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import SettingsError
 from hasten.keyed import key64
-from hasten.measure.verdict import Difference, FirstHit, Ratio
+from hasten.measure.verdict import Difference, Ratio
 
 Floats = NDArray[np.float64]
 
@@ -202,25 +201,24 @@ def noninferior(
     return Difference(mean, lower, margin, len(a), len(b), confidence)
 
 
-def first_hit(runs: Sequence[Sequence[tuple[float, float]]], target: float) -> FirstHit:
-    """Return the median time to first reach ``target`` over runs of (seconds, accuracy) evaluations.
-
-    A run that never reaches it counts as infinity. Nothing is interpolated between evaluations.
+def welch_half_width(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> float:
+    """Return half the width of the two-sided interval of the difference of two means (Welch); infinite for n = 1.
 
     Raises:
-        SettingsError: there are no runs, or a run's evaluations are not in order of time.
+        SettingsError: as in :func:`t_interval`.
     """
-    if not runs:
-        raise SettingsError("first_hit needs at least one run.")
-    seconds = []
-    for index, run in enumerate(runs):
-        if any(later[0] < earlier[0] for earlier, later in itertools.pairwise(run)):
-            raise SettingsError(f"run {index}: evaluations must be in order of time.")
-        seconds.append(next((at for at, accuracy in run if accuracy >= target), math.inf))
-    ordered = sorted(seconds)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    return FirstHit(median, sum(map(math.isfinite, seconds)), len(seconds), tuple(seconds))
+    from scipy.special import stdtrit
+
+    x, y = _finite("a", a), _finite("b", b)
+    _check_confidence(confidence)
+    if min(len(x), len(y)) < 2:
+        return math.inf
+    parts = [(float(v.var(ddof=1)) / len(v), len(v) - 1) for v in (x, y)]
+    total = sum(part for part, _ in parts)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(part**2 / n for part, n in parts)
+    return float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(total)
 
 
 def geometric_mean(values: ArrayLike) -> float:

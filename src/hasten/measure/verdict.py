@@ -1,4 +1,4 @@
-"""What a measurement lets us say: ratios, differences and hit rates with their intervals, in words."""
+"""What a measurement lets us say: ratios and differences with their intervals, in words."""
 
 from __future__ import annotations
 
@@ -93,18 +93,3 @@ class Difference:
         claim = "no loss" if self.no_loss else "no loss not shown"
         shown = f"{self.mean:+.2f} points, lower {self.confidence:.0%} bound {bound}"
         return f"{shown}: {claim} (margin {self.margin:g})"
-
-
-@dataclass(frozen=True)
-class FirstHit:
-    """Time to first reach a target: ``median`` seconds, misses as infinity, and ``hits`` of ``n`` runs."""
-
-    median: float
-    hits: int
-    n: int
-    seconds: tuple[float, ...]
-
-    def text(self) -> str:
-        """Return e.g. ``median 61.2 s, hit 5 of 5``."""
-        median = f"{self.median:.1f} s" if math.isfinite(self.median) else "infinite"
-        return f"median {median}, hit {self.hits} of {self.n}"
