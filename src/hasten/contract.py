@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hasten.errors import SettingsError, unknown
 from hasten.places import PLACES
+from hasten.settings import wrong_types
 
 if TYPE_CHECKING:
     from hasten.session import Session
@@ -98,6 +99,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def cut(self, start: int, stop: int) -> Batch:
+        """Return the batch of the samples from ``start`` up to ``stop``, as views."""
+        index, weights = self.index, self.weights
+        return Batch(self.inputs[start:stop], self.targets[start:stop], None if index is None else index[start:stop],
+                     None if weights is None else weights[start:stop], self.loss)  # fmt: skip
+
     def take(self, rows: Tensor) -> Batch:
         """Return the batch of these rows; the memory format of the images is kept."""
         return Batch(
@@ -130,7 +137,8 @@ class Method:
     spec: ClassVar[MethodSpec]
 
     def __post_init__(self) -> None:
-        problems = self.problems()
+        # types first: ranges can be compared only then
+        problems = wrong_types(self) or self.problems() or wrong_types(self, words=True)
         if problems:
             raise SettingsError(f"{self.spec.name}: " + " ".join(problems))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,22 +12,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hasten import keyed
-from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder
+from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder, folder_lock
 from hasten.contract import Effect, Method
-from hasten.data import DataSet, Loader, load
+from hasten.data import as_data
 from hasten.devices import training_device
 from hasten.errors import CheckpointError, HastenError, UnsupportedError
+from hasten.evaluation import check_network, check_task, measured
 from hasten.logs import Logs
-from hasten.loss import Loss, cross_entropy
+from hasten.loss import Loss, cross_entropy, understood
 from hasten.measure.clock import Clock, device_sync
-from hasten.progress import Progress, silent
+from hasten.own_loop import Budget, TrainFunction, TrainingData
+from hasten.progress import Now, Progress, silent
 from hasten.recipe import STRONG, Recipe
-from hasten.regimen import regimen, whiten
+from hasten.regimen import Maker, regimen, whiten
 from hasten.run_identity import identity_of, source_of
 from hasten.session import Session
+from hasten.settings import methods_from
+from hasten.weights import load_weights
+
+LOG_EVERY = 1.0  # seconds between reading back the losses of a device that runs behind
 
 
 @dataclass
@@ -59,9 +65,9 @@ class Result:
 
 
 def fit(
-    model: str | nn.Module | Callable[[], nn.Module],
-    data: str | Path | DataSet = "fashion-mnist-12k",
-    methods: Sequence[Method] = (),
+    model: str | nn.Module | Callable[..., nn.Module],
+    data: Any = "fashion-mnist-12k",
+    methods: Sequence[Method | str] | Method | str = (),
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
@@ -71,20 +77,29 @@ def fit(
     allow_no_effect: bool = False,
     device: str | None = None,
     on_step: Callable[[int], None] | None = None,
-    init: str | Path | dict[str, Tensor] | None = None,
+    init: str | Path | Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
-    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]] | None = None,
-    train_fn: Callable[..., None] | None = None,
+    optimizer: Maker | None = None,
+    train_fn: TrainFunction | None = None,
     share: float = 1.0,
     root: str | Path | None = None,
     size: int | None = None,
 ) -> Result:
     """Train ``model`` on ``data`` with ``methods`` and return the result.
 
-    model: a known name, a module, a factory, ``file.py:factory`` or ``pkg.mod:factory``. data: a known name, a path,
-    or a DataSet. out: folder for logs and checkpoints; a run found there is continued exactly where it was, if its
-    settings are the same. save_every: seconds between checkpoints. progress: told of every step and evaluation.
-    on_step: called after every step with its number, for callers that must act there.
+    model: a known name, a module, a factory, ``file.py:factory`` or ``pkg.mod:factory``. data: all that
+    ``hasten.data.as_data`` takes: a known name, a path, arrays, Datasets, DataLoaders; ``root`` and ``size`` (pixels) are
+    those of a name or path. methods: methods or their names, as "name" or "name:setting=value". recipe: STRONG where
+    none is given. out: folder for logs and checkpoints; a run found there is continued exactly where it was, if its
+    settings are the same. save_every: seconds between checkpoints. progress: told of every step, evaluation and message.
+    device: the accelerator where none is given and there is one, else the CPU. on_step: called after every step with
+    its number.
+
+    init: weights to start from, a file or a state dict (see ``hasten.weights.load_weights``). loss: in the place of the
+    recipe's cross-entropy. optimizer: builds the optimizer, or several, for a model, in the place of the recipe's; the
+    recipe's schedule is a factor of the learning rates it gives. train_fn: a whole training loop in the place of this
+    one, called with (session, data, budget) of ``hasten.own_loop``; such a run is saved at its end only and cannot be
+    continued. share: what part of a longer run's budget this one is, for ``train_fn`` to know.
 
     All randomness is a function of ``seed``; PyTorch's global generator is left as it was found. Raises HastenError
     (its subclasses say what), after saving nothing: the last checkpoint stays as it was.
@@ -92,9 +107,19 @@ def fit(
     with ExitStack() as stack:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         torch.manual_seed(keyed.key64(seed, "global"))
-        run = _Run(model, data, methods, recipe or STRONG, seed, out, progress, allow_no_effect,
-                   training_device(device))  # fmt: skip
+        if out is not None:
+            out = claim_folder(Path(out))
+            stack.enter_context(folder_lock(out))
+        run = _Run(
+            model, data, methods, recipe=recipe or STRONG, seed=seed, out=out, progress=progress,
+            allow_no_effect=allow_no_effect, device=training_device(device), init=init, loss=loss, optimizer=optimizer,
+            train_fn=train_fn, root=root, size=size,
+        )  # fmt: skip
         stack.callback(run.logs.close)
+        if train_fn is not None:
+            run.restore()
+            run.train_by(train_fn, share)
+            return run.result(None)
         stop = stack.enter_context(StopSignal()) if out is not None else None
         run.restore()
         run.train(stop, save_every, on_step)
@@ -106,34 +131,51 @@ class _Run:
 
     def __init__(
         self,
-        model: str | nn.Module | Callable[[], nn.Module],
-        data: str | Path | DataSet,
-        methods: Sequence[Method],
+        model: str | nn.Module | Callable[..., nn.Module],
+        data: Any,
+        methods: Any,
+        *,
         recipe: Recipe,
         seed: int,
-        out: str | Path | None,
+        out: Path | None,
         progress: Progress,
         allow_no_effect: bool,
         device: str,
+        init: str | Path | Mapping[str, Tensor] | None,
+        loss: Loss | None,
+        optimizer: Maker | None,
+        train_fn: TrainFunction | None,
+        root: str | Path | None,
+        size: int | None,
     ) -> None:
         self.clock = Clock(sync=device_sync(device))
         with self.clock.span("setup"):
-            self.data = data if isinstance(data, DataSet) else load(str(data))
             self.recipe, self.seed, self.progress, self.device = recipe, seed, progress, device
             self.messages: list[str] = []
-            train = self.data.train
+            self._again = Now(progress)
+            chosen = methods_from(methods)
+            self.data = as_data(data, root=root, size=size)
             source = source_of(model, self.data, seed)
-            net = source.make().to(device)
+            net = source.make()
+            check_network(net)
+            if init is not None:
+                self.tell(str(load_weights(net, init)))
+            net = net.to(device)
+            self.batch = recipe.batch_size
             self.loader = self._training(recipe.batch_size)
+            self.batch = self.loader.batch_size
             self.test = self.data.evaluation("test", device=device)
             self.total = max(1, round(recipe.epochs * len(self.loader)))
             first = next(iter(self.loader.epoch(0)))
-            whiten(net, train)
-            self.regimen = regimen(recipe, net, len(self.loader), self.total)
+            criterion = understood(loss) if loss is not None else cross_entropy(recipe.label_smoothing)
+            check_task(net, first.inputs, first.targets, len(self.data.classes), criterion)
+            self._check_methods(chosen, numbered=first.index is not None)
+            whiten(net, self.data, first.inputs)
+            self.regimen = regimen(recipe, net, len(self.loader), self.total, optimizer)
             self.session = Session(
-                net, self.regimen.optimizers, methods, sample=(first.inputs, first.targets), seed=seed,
-                loss=cross_entropy(recipe.label_smoothing), total_samples=self.total * recipe.batch_size,
-                allow_no_effect=allow_no_effect, check_gradients=True, clock=self.clock,
+                net, self.regimen.optimizers, chosen, sample=(first.inputs, first.targets), seed=seed,
+                loss=criterion, total_samples=self.total * self.batch, allow_no_effect=allow_no_effect,
+                check_gradients=True, clock=self.clock, accumulate=recipe.accumulate, clip_norm=recipe.clip_norm,
             )  # fmt: skip
             self.seconds_attach = self.clock.totals().get("method", 0.0)
             self.regimen.attached()
@@ -142,34 +184,67 @@ class _Run:
             self.curve: list[tuple[float, int, float]] = []
             self.step, self.saved = 0, False
             # the position: batches of ``size`` samples done in the epoch; schedules count in the recipe's batches
-            self.epoch, self.at, self.size = 0, 0, recipe.batch_size
-            if recipe.record is not None and any("batch.size" in m.writes for m in methods):
-                names = ", ".join(m.spec.name for m in methods if "batch.size" in m.writes)
-                raise UnsupportedError(
-                    f"{names} changes the batch size, and a record recipe's rates are made for its own; leave it out or "
-                    f"give another recipe."
-                )
-            self.identity = identity_of(source, self.data, self.session.methods, recipe, seed)
-            self.store, folder = None, None
+            self.epoch, self.at, self.size = 0, 0, self.batch
+            # steps whose loss is still on the device, and the newest loss that is known
+            self._unlogged: list[tuple[dict[str, Any], Tensor]] = []
+            self._loss, self._logged = math.nan, time.monotonic()
+            self.identity = identity_of(source, self.data, self.session.methods, recipe, seed, init=init, loss=loss,
+                                        optimizer=optimizer, train_fn=train_fn)  # fmt: skip
+            self.store = None
             if out is not None:
-                folder = claim_folder(Path(out))
-                self.store = Store(folder / "checkpoints", on_problem=self.messages.append)
-                if source.recipe is None:
-                    self.messages.append(
+                self.store = Store(out / "checkpoints", on_problem=self._problem)
+                if source.recipe is None and train_fn is None:
+                    self.tell(
                         "the model is an object without a factory: this run can be resumed only by a program that "
                         "builds the same object again; give a name or file.py:factory to resume from the command line."
                     )
-            self.logs = Logs(folder)
+            self.logs = Logs(out)
 
-    def _training(self, batch: int) -> Loader:
+    def tell(self, text: str) -> None:
+        """Let the user know now, and keep it for the result."""
+        self.messages.append(text)
+        self.progress.message(text)
+
+    def _problem(self, text: str) -> None:
+        """As ``tell``, for what may come again at every save."""
+        self.messages.append(text)
+        self._again.message(text)
+
+    def _training(self, batch: int) -> Any:
         augment = self.recipe.augmentations(self.data.flip_ok)
-        return self.data.training(batch, seed=self.seed, augment=augment, device=self.device)
+        loader = self.data.training(batch, seed=self.seed, augment=augment, device=self.device)
+        if loader.batch_size != batch:
+            if batch != self.recipe.batch_size:
+                raise UnsupportedError(
+                    f"a method wants batches of {batch}, but the DataLoader given makes its own of {loader.batch_size}; "
+                    f"give the Dataset instead."
+                )
+            self.tell(
+                f"batches of {loader.batch_size} come from the DataLoader given; the recipe's {batch} is not used."
+            )
+        return loader
 
+    def _check_methods(self, methods: Sequence[Method], *, numbered: bool) -> None:
+        """Raise UnsupportedError for methods that this data or recipe rules out."""
+        if not numbered and (names := [m.spec.name for m in methods if "index" in m.spec.requires]):
+            raise UnsupportedError(
+                f"{', '.join(names)} keeps something for each sample, and a DataLoader gives samples no numbers; give "
+                f"the Dataset instead."
+            )
+        if self.recipe.record is not None and (
+            names := [m.spec.name for m in methods if "batch.size" in m.writes]
+        ):
+            raise UnsupportedError(
+                f"{', '.join(names)} changes the batch size, and a record recipe's rates are made for its own; leave it "
+                f"out or give another recipe."
+            )
+
+    # -- where the run is
     @property
     def position(self) -> float:
         """Steps done, in steps of the recipe's batch size."""
         per_epoch = len(self.loader)
-        steps = len(self.data.train) // self.size
+        steps = per_epoch if self.size == self.batch else self.data.train_count // self.size
         return self.epoch * per_epoch + self.at * per_epoch / steps
 
     # -- resume
@@ -181,7 +256,13 @@ class _Run:
         if loaded is None:
             self.logs.rewind({})
             return
-        self.messages += loaded.warnings
+        if "train_fn" in self.identity:
+            raise CheckpointError(
+                f"{loaded.path.parent.parent} holds the end of a run that a training function of your own has made; it can "
+                f"be neither continued nor repeated there. Give another folder."
+            )
+        for warning in loaded.warnings:
+            self.tell(warning)
         try:
             self._take(loaded)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -191,7 +272,7 @@ class _Run:
                 f"{loaded.path} is whole, but does not hold what this run needs ({type(error).__name__}: {error}); it "
                 f"was written by another program or version. Give another folder to begin anew."
             ) from error
-        self.messages.append(f"continued from step {self.step} of {self.total} ({loaded.path.name})")
+        self.tell(f"continued from step {self.step} of {self.total} ({loaded.path.name})")
 
     def _take(self, loaded: Loaded) -> None:
         state = loaded.parts["state"]
@@ -217,12 +298,13 @@ class _Run:
         """Write a checkpoint of the present step; where the disk does not let it, say so in the messages."""
         if self.store is None:
             return
+        self._settle()
         with self.clock.span("save"):
             self.saved = False
             try:
                 logged = self.logs.offsets()
             except OSError as error:
-                self.messages.append(
+                self._problem(
                     f"could not write the logs at step {self.step}, so no checkpoint either: "
                     f"{error.strerror or error}. Training goes on; the next save will be tried as planned."
                 )
@@ -254,8 +336,8 @@ class _Run:
         while self.position < self.total:
             if self.at == 0:
                 session.start_epoch(self.epoch)
-                self.size = min(session.batch_size or self.size, len(self.data.train))
-            loader = self.loader if self.size == self.recipe.batch_size else self._training(self.size)
+                self.size = min(session.batch_size or self.size, self.data.train_count)
+            loader = self.loader if self.size == self.batch else self._training(self.size)
             batches, rest = loader.epoch(self.epoch, self.at), self.total - self.epoch * per_epoch
             for _ in range(self.at, min(len(loader), -(-rest * len(loader) // per_epoch))):
                 with clock.span("data"):
@@ -277,20 +359,58 @@ class _Run:
                     saved = time.monotonic()
         self.save()
 
-    def _one_step(self, inputs: Tensor, targets: Tensor, index: Tensor) -> None:
+    def _one_step(self, inputs: Tensor, targets: Tensor, index: Tensor | None) -> None:
         session = self.session
-        lr = self.regimen.before_step(self.position, self.size / self.recipe.batch_size)
+        lr = self.regimen.before_step(self.position, self.size / self.batch)
         loss = session.step(inputs, targets, index)
         self.step, self.at = self.step + 1, self.at + 1
         with self.clock.span("optimizer"):
             self.regimen.after_step(self.step)
-        record = {"step": self.step, "samples": session.counters["streamed"], "loss": loss.item(),
-                  "lr": lr}  # fmt: skip
-        self.logs.step(record)
-        self.progress.step(round(self.position), self.total, record["loss"])
+        record = {"step": self.step, "samples": session.counters["streamed"], "loss": math.nan, "lr": lr}
+        self._unlogged.append((record, loss))
+        # a device that runs behind is waited for now and then only
+        if loss.device.type == "cpu" or time.monotonic() - self._logged >= LOG_EVERY:
+            self._log()
+        self.progress.step(round(self.position), self.total, self._loss)
+
+    def _log(self) -> None:
+        """Write the steps whose loss was still on the device."""
+        waiting, self._unlogged, self._logged = self._unlogged, [], time.monotonic()
+        if not waiting:
+            return
+        values = torch.stack([loss.to(waiting[-1][1].device) for _, loss in waiting]).tolist()
+        for (record, _), value in zip(waiting, values, strict=True):
+            self.logs.step(record | {"loss": value})
+        self._loss = values[-1]
+
+    def _settle(self) -> None:
+        """Have the last step checked, where its check is late, and all steps logged."""
+        self.session.settle()
+        self._log()
+
+    def train_by(self, train: TrainFunction, share: float) -> None:
+        """Let a function of the user's own train, then evaluate and save."""
+        data = TrainingData(self.loader, tuple(self.data.classes), self.data.shape, self.device, self.seed)
+        budget = Budget(
+            self.recipe.epochs, self.total, self.batch, share, self.regimen.optimizers, self.evaluate
+        )
+        before = self.session.counters["updates"]
+        with self.clock.span("train"):
+            train(self.session, data, budget)
+        self.session.settle()
+        if self.session.counters["updates"] == before:
+            raise HastenError(
+                "train_fn returned without an update by the session: call session.step(inputs, targets) or "
+                "session.backward(loss) and session.update()."
+            )
+        self.step = self.session.counters["step"]
+        self.epoch, self.at = divmod(self.total, len(self.loader))
+        self.evaluate()
+        self.save()
 
     def evaluate(self) -> float:
         """Return the accuracy on the test images, of the averaged weights where the recipe has them."""
+        self._settle()
         spans = self.clock.totals()
         accuracy, loss = self._measured(self.test)
         seconds = counted(spans)
@@ -305,17 +425,11 @@ class _Run:
         """Return accuracy and mean cross-entropy of the weights to evaluate on the images of ``loader``."""
         with self.clock.span("eval"), ExitStack() as stack:
             stack.enter_context(self.regimen.evaluated())
-            forward = stack.enter_context(self.session.inference())
-            right, loss, count = 0, 0.0, 0
-            for batch in loader.epoch(0):
-                outputs = forward(batch.inputs).float()
-                right += int((outputs.argmax(1) == batch.targets).sum())
-                loss += float(nn.functional.cross_entropy(outputs, batch.targets, reduction="sum"))
-                count += len(batch.targets)
-        return right / count, loss / count
+            return measured(stack.enter_context(self.session.inference()), loader)
 
     def result(self, stop: StopSignal | None) -> Result:
         """Return what the run came to, with the averaged weights in the exported model."""
+        self._settle()
         spans = self.clock.totals()
         validation = None
         if self.position >= self.total:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hasten.data import Images, Loader
+from hasten.data import DataSet, Loader, Streams
+from hasten.errors import SettingsError
 from hasten.models import record_recipe
 from hasten.optim.average import float_tensors, wide_copies
 from hasten.optim.ema import EMA
@@ -62,12 +63,21 @@ class Regimen(Protocol):
         ...
 
 
-class Plain:
-    """SGD with one schedule, and an average of the weights where the recipe asks for one."""
+Maker = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 
-    def __init__(self, recipe: Recipe, model: nn.Module, total: int) -> None:
+
+class Plain:
+    """The recipe's optimizers or the caller's, one schedule, and an average of the weights where the recipe asks for one.
+
+    The schedule is a factor of the learning rate that each parameter group began with.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, total: int, make: Maker | None = None) -> None:
         self.recipe, self.model, self.total = recipe, model, total
-        self.optimizers: tuple[Optimizer, ...] = (recipe.optimizer(model),)
+        self.optimizers: tuple[Optimizer, ...] = (
+            recipe.optimizers(model) if make is None else made(make, model)
+        )
+        self.highest = [[float(group["lr"]) for group in o.param_groups] for o in self.optimizers]
         self.ema: EMA | None = None
 
     def attached(self) -> None:
@@ -83,10 +93,12 @@ class Plain:
             self.ema.average = change.follow(self.ema.average, float_tensors(self.model))
 
     def before_step(self, step: float, scale: float = 1.0) -> float:
-        lr = self.recipe.lr * self.recipe.factor(step / self.total) * scale
-        for group in self.optimizers[0].param_groups:
-            group["lr"] = lr
-        return lr
+        factor, largest = self.recipe.factor(min(1.0, step / self.total)), 0.0
+        for optimizer, rates in zip(self.optimizers, self.highest, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor * scale
+                largest = max(largest, group["lr"])
+        return largest
 
     def after_step(self, step: int) -> None:
         if self.ema is not None:
@@ -160,14 +172,42 @@ class Record:
             self.training.lookahead.load_state_dict(state["record"]["lookahead"])
 
 
-def regimen(recipe: Recipe, model: nn.Module, per_epoch: int, total: int) -> Regimen:
-    """Return the run of ``recipe`` on ``model``. Raises UnsupportedError for a record recipe on another network."""
-    return Plain(recipe, model, total) if recipe.record is None else Record(recipe, model, per_epoch)
+def made(make: Maker, model: nn.Module) -> tuple[Optimizer, ...]:
+    """Return the optimizers that the caller's ``make`` builds for ``model``. Raises SettingsError for anything else."""
+    found = make(model)
+    several = (
+        (found,) if isinstance(found, Optimizer) else tuple(found) if isinstance(found, list | tuple) else ()
+    )
+    if not several or not all(isinstance(o, Optimizer) for o in several):
+        raise SettingsError(
+            f"optimizer: the function given returned a {type(found).__name__}; it must take the model and return an "
+            f"optimizer or several, such as lambda model: torch.optim.Adam(model.parameters(), lr=1e-3)."
+        )
+    return several
 
 
-def whiten(model: nn.Module, train: Images) -> None:
-    """Set the first layer of a record net from the first 5000 training images, once; leave other networks alone."""
+def regimen(
+    recipe: Recipe, model: nn.Module, per_epoch: int, total: int, make: Maker | None = None
+) -> Regimen:
+    """Return the run of ``recipe`` on ``model``, by the caller's optimizers where ``make`` builds them.
+
+    Raises UnsupportedError for a record recipe on another network, SettingsError for one with the caller's optimizers.
+    """
+    if recipe.record is None:
+        return Plain(recipe, model, total, make)
+    if make is not None:
+        raise SettingsError("a record recipe has its own optimizers; give another recipe, or no optimizer.")
+    return Record(recipe, model, per_epoch)
+
+
+def whiten(model: nn.Module, data: DataSet | Streams, inputs: Tensor) -> None:
+    """Set the first layer of a record net from training images, once; leave other networks alone.
+
+    These are the first 5000 of a set in memory, as they are; else ``inputs``, a batch as training sees it.
+    """
     if hasattr(model, "init_whitening") and not model.whitened:
-        n = min(5000, len(train))
-        loader = Loader(train, n, shuffle=False, drop_last=False, device=next(model.parameters()).device)
-        model.init_whitening(next(loader.epoch(0)).inputs)  # type: ignore[operator]
+        if isinstance(data, DataSet):
+            n = min(5000, data.train_count)
+            loader = Loader(data.train, n, shuffle=False, drop_last=False, device=inputs.device)
+            inputs = next(loader.epoch(0)).inputs
+        model.init_whitening(inputs)  # type: ignore[operator]

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from hasten import models
 from hasten.contract import Method
-from hasten.data import DataSet
+from hasten.data import DataSet, Streams
 from hasten.models.source import ModelSource
 from hasten.places import ordered
 from hasten.recipe import Recipe
 
 
-def source_of(model: str | nn.Module | Callable[..., nn.Module], data: DataSet, seed: int) -> ModelSource:
+def source_of(
+    model: str | nn.Module | Callable[..., nn.Module], data: DataSet | Streams, seed: int
+) -> ModelSource:
     """Return where ``model`` comes from, with the classes, channels and size of ``data`` and weights keyed by ``seed``."""
     return models.resolve(model, num_classes=len(data.classes), in_channels=data.shape[2],
                           image_size=data.shape[0], seed=seed)  # fmt: skip
@@ -30,7 +32,7 @@ def source_of(model: str | nn.Module | Callable[..., nn.Module], data: DataSet, 
 
 def identity_of(
     model: str | nn.Module | Callable[..., nn.Module] | ModelSource,
-    data: DataSet,
+    data: DataSet | Streams,
     methods: Sequence[Method],
     recipe: Recipe,
     seed: int,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,11 +18,20 @@ from torch.optim import Optimizer
 from hasten import loss as losses
 from hasten.contract import Batch, Effect, Method, overrides
 from hasten.diagnose import first_non_finite, layer_shapes
-from hasten.errors import CheckpointError, HastenError, NoEffectError, NonFiniteError, UnsupportedError
+from hasten.errors import (
+    CheckpointError,
+    HastenError,
+    NoEffectError,
+    NonFiniteError,
+    SettingsError,
+    UnsupportedError,
+)
+from hasten.finite import Verdict, all_finite, apply_if, gradients_of
 from hasten.measure.clock import Clock
 from hasten.optim.named import load_named_state, named_state
 from hasten.places import ordered
 from hasten.products import Plan, install, planned, uninstall
+from hasten.settings import methods_from
 from hasten.surgery import Change, Surgeon, check_training_state, replace_module
 from hasten.surgery.gates import dissolve
 
@@ -28,11 +39,24 @@ from hasten.surgery.gates import dissolve
 class Session:
     """Applies ``methods`` to the training of ``model`` by ``optimizer``.
 
-    model: an ``nn.Module``, or one wrapped in DistributedDataParallel. optimizer: one optimizer or several that
-    together hold every trainable parameter once. sample: one batch ``(inputs, targets)`` as training will see it, for
-    shapes only. loss: ``loss(outputs, targets)`` -> scalar; methods that weigh or choose samples need it to take
+    model: an ``nn.Module``, or one wrapped in DistributedDataParallel. Parts of it that are in eval mode stay so, unless
+    the whole model is. optimizer: one optimizer or several that together hold every trainable parameter once. methods:
+    methods or their names. sample: one batch ``(inputs, targets)`` as training will see it, for shapes only. loss:
+    ``loss(outputs, targets)`` -> scalar, or a loss module; methods that weigh or choose samples need it to take
     ``reduction="none"`` as PyTorch's do. total_samples: samples the whole run will stream, which methods with a
-    schedule need. seed: key of all randomness of the methods.
+    schedule need. seed: key of all randomness of the methods. accumulate: parts that ``step`` cuts a batch into, to save
+    memory; the gradient is that of the whole batch (batch norm sees the parts). clip_norm: largest norm of all gradients
+    together. late_check: whether a loss or gradient that is not finite is reported one step late, its own update held
+    back, so that Python never waits for the device; by default on an accelerator only.
+
+    ``step`` does all that a step needs. For a loop of your own, such as to accumulate over batches, call its parts::
+
+        for number, (inputs, targets) in enumerate(batches):
+            loss = loss_function(session.forward(inputs), targets) / 4
+            session.backward(loss)
+            if number % 4 == 3:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                session.update()
 
     ``batch_size`` is what a method wants from the next epoch on: load batches of that size, at the scheduled learning
     rate times their growth; None while no method has asked. ``fit`` does so.
@@ -45,7 +69,7 @@ class Session:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        methods: Sequence[Method] = (),
+        methods: Sequence[Method | str] | Method | str = (),
         *,
         sample: tuple[Tensor, Tensor],
         loss: losses.Loss | None = None,
@@ -54,29 +78,73 @@ class Session:
         allow_no_effect: bool = False,
         check_gradients: bool = False,
         clock: Clock | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        late_check: bool | None = None,
     ) -> None:
         self.wrapper = model
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        self.forward: Callable[[Tensor], Tensor] = model
+        self._call: Callable[[Tensor], Any] = model
         self.optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self.sample, self.seed, self.total_samples = sample, seed, total_samples
-        self.loss = loss if loss is not None else losses.cross_entropy()
+        self.loss = losses.understood(loss) if loss is not None else losses.cross_entropy()
         self.check_gradients = check_gradients
         self.clock = clock if clock is not None else Clock(enabled=False)
         self.counters = {"step": 0, "epoch": 0, "streamed": 0, "forward": 0, "backward": 0, "updates": 0}
         self.effects: dict[str, Effect] = {}
-        self.methods = [copy.copy(m) for m in ordered(methods)]
+        self.methods: list[Method] = [copy.copy(m) for m in ordered(methods_from(methods))]
+        if accumulate < 1 or (clip_norm is not None and not clip_norm > 0):
+            raise SettingsError(
+                f"Session: accumulate (={accumulate}) must be 1 or more, clip_norm (={clip_norm}) above 0 or None."
+            )
+        self.accumulate, self.clip_norm = accumulate, clip_norm
         self._edits: list[Callable[[], None]] = []
         self._wraps: list[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = []
         self.on_restart: list[Callable[[], None]] = []
+        # the state of a step: gradients begun, samples and batch seen since the last update, verdicts not yet read
+        self._begun, self._within, self._in_step = False, False, False
+        self._unused, self._seen = 0, Batch(sample[0][:0], sample[1][:0])
+        self._incoming: Tensor | None = None
+        self._late = sample[0].device.type != "cpu" if late_check is None else late_check
+        self._ok: Tensor | None = None
+        self._pending: Verdict | None = None
 
+        refuse_closures(self.optimizers)
         check_training_state(self.model, self.optimizers)
         self.batch_size: int | None = None
         self.surgery = Surgeon(self.model, self.optimizers, sample[0])
+        modes = {name: module.training for name, module in self.model.named_modules()}
         self._attach(allow_no_effect)
         self._collect_hooks()
         self.surgery.followers.append(self._reshaped)
-        self.model.train()
+        if any(modes.values()):
+            for name, module in self.model.named_modules():
+                module.training = modes.get(name, module.training)
+        else:
+            self.model.train()
+
+    @property
+    def forward(self) -> Callable[[Tensor], Any]:
+        """The model as training calls it, in the precision and with the layers of the methods: ``forward(inputs)``.
+
+        Assign to it to have the model called in another way, as by ``torch.compile``.
+        """
+        call = self._call
+
+        def outputs(inputs: Tensor) -> Any:
+            if torch.is_grad_enabled() and not self._within:
+                self.counters["streamed"] += len(inputs)
+                self.counters["forward"] += len(inputs)
+                self._unused += len(inputs)
+                self._seen = Batch(inputs, inputs.new_zeros(0))
+            with self._inside():
+                return call(inputs)
+
+        return outputs
+
+    @forward.setter
+    def forward(self, call: Callable[[Tensor], Any]) -> None:
+        self._call = call
 
     # -- what methods use while they attach
     def layers(self, *kinds: type[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -114,7 +182,7 @@ class Session:
     def wrap(self, around: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> None:
         """Have the model called through ``around(model)``, now and whenever its structure has changed."""
         self._wraps.append(around)
-        self.forward = around(self.forward)
+        self._call = around(self._call)
 
     @property
     def progress(self) -> float:
@@ -140,53 +208,121 @@ class Session:
                 f"numbers of the samples in the training set."
             )
         self.counters["streamed"] += len(inputs)
+        self._incoming = targets
         if self._select:
             with clock.span("method"):
                 for method in self._select:
                     batch = method.select(batch)
-        loss = self._train_on(batch)
+        return self._train_on(batch, count=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, a scalar, to those since the last update; methods' terms of the loss too.
+
+        For a loop of your own, after ``forward``. Raises NonFiniteError if the loss is not finite (see ``late_check``),
+        UnsupportedError if a method chooses or weighs samples or reads each step's loss, which ``step`` alone lets it.
+        """
+        if self._needs_step:
+            raise UnsupportedError(
+                f"{', '.join(self._needs_step)} acts on a batch and its loss: train by session.step(inputs, targets), or "
+                f"leave it out."
+            )
+        self._backpropagate(loss)
+        self.counters["backward"] += self._unused
+        self._unused = 0
+
+    def update(self) -> None:
+        """Apply the gradients since the last update: check, clip, let methods change them, and step the optimizers.
+
+        For a loop of your own, after ``backward``. Raises NonFiniteError before any weight changes, HastenError if there
+        was no ``backward``.
+        """
+        if not self._begun:
+            raise HastenError("session.update() without gradients: call session.backward(loss) first.")
+        self._apply()
         self.counters["step"] += 1
+
+    def settle(self) -> None:
+        """Wait for the check of the last step where it is late. Raises NonFiniteError as ``step`` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.good():
+            self._report_non_finite(pending.batch, pending.what, pending.step)
+
+    def _train_on(self, batch: Batch, *, count: bool = False) -> Tensor:
+        if not len(batch.inputs):
+            self.counters["step"] += count
+            return batch.loss if batch.loss is not None else torch.zeros(())
+        self.counters["forward"] += len(batch.inputs)
+        self._seen = batch
+        parts = self._parts(batch)
+        if len(parts) == 1:
+            loss = self._part(batch, batch, observe=True)
+        else:
+            loss = self._in_parts(batch, parts)
+        self.counters["backward"] += len(batch.inputs)
+        self._apply()
+        self.counters["step"] += count
         return loss
 
-    def _train_on(self, batch: Batch) -> Tensor:
-        clock, counters = self.clock, self.counters
-        if not len(batch.inputs):
-            return batch.loss if batch.loss is not None else torch.zeros(())
-        counters["forward"] += len(batch.inputs)
-        with clock.span("forward"):
-            if self._contexts:
-                with self._inside():
-                    loss = self._forward_loss(batch)
+    def _parts(self, batch: Batch) -> list[Batch]:
+        rows = range(len(batch))
+        if self.accumulate == 1 or len(rows) == 1:
+            return [batch]
+        ends = [len(rows) * k // self.accumulate for k in range(self.accumulate + 1)]
+        return [batch.cut(a, b) for a, b in pairwise(ends) if b > a]
+
+    def _part(self, part: Batch, whole: Batch, *, observe: bool) -> Tensor:
+        """Run one part of a batch forward and backward, and return its share of the loss, detached."""
+        with self.clock.span("forward"), self._inside():
+            outputs, loss, each = self._forward_loss(part)
+            if part is not whole:
+                share = self._share(part, whole, outputs)
+                # the mean over a part in which no sample counts is 0 / 0
+                loss = loss * share if share else outputs.sum() * 0.0
+                part.loss = loss.detach()
+            if observe:
+                self._let_observe(part, outputs, each)
             else:
-                loss = self._forward_loss(batch)
-            if not math.isfinite(loss.item()):
-                self._report_non_finite(batch, "loss")
-        with clock.span("backward"):
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            self._backward(loss)
-        counters["backward"] += len(batch.inputs)
-        if self.check_gradients:
-            self._check_gradients(batch)
-        if self._gradients:
-            with clock.span("method"):
-                for method in self._gradients:
-                    method.gradients()
-        with clock.span("optimizer"):
-            self._update(self.optimizers)
-        counters["updates"] += 1
-        if self._after_update:
-            with clock.span("method"):
-                for method in self._after_update:
-                    method.after_update()
+                self._looked.append((outputs.detach(), None if each is None else each.detach()))
+            loss = self._with_terms(loss)
+            del outputs, each
+        self._backpropagate(loss, terms=False)
         return loss.detach()
 
-    def _forward_loss(self, batch: Batch) -> Tensor:
-        outputs = self.forward(batch.inputs)
+    def _in_parts(self, batch: Batch, parts: list[Batch]) -> Tensor:
+        """Run the parts of ``batch``; methods observe the whole, as if it had been run at once."""
+        self._looked: list[tuple[Tensor, Tensor | None]] = []
+        total = torch.zeros((), device=batch.inputs.device)
+        for number, part in enumerate(parts):
+            with self._alone() if number < len(parts) - 1 else nullcontext():
+                total = total + self._part(part, batch, observe=False)
+        batch.loss = torch.stack([p.loss for p in parts if p.loss is not None]).sum()
+        if self._observe:
+            each = [e for _, e in self._looked if e is not None]
+            self._let_observe(
+                batch, torch.cat([o for o, _ in self._looked]), torch.cat(each) if each else None
+            )
+        self._looked = []
+        return total
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Return a context in which ranks do not exchange gradients yet."""
+        wrapper = self.wrapper
+        return wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) else nullcontext()
+
+    def _share(self, part: Batch, whole: Batch, outputs: Tensor) -> float:
+        """Return the factor that makes the means over the parts add up to the mean over the whole."""
+        if part.weights is not None:
+            return len(part) / len(whole)
+        counted = losses.divisor(self.loss, outputs, whole.targets)
+        return losses.divisor(self.loss, outputs, part.targets) / counted if counted else 1.0
+
+    def _forward_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the outputs for ``batch``, the loss without the methods' terms, and each sample's where it is known."""
+        outputs = self._call(batch.inputs)
         each = None
         if batch.weights is not None:
             each = self.loss(outputs, batch.targets, reduction="none")
-            loss = losses.weighted_mean(each, batch.weights)
+            loss = losses.weighted_mean(each, batch.weights) * self._scale(outputs)
         else:
             # the loss's own mean, which a mean of each sample's loss would not equal in the last bit
             loss = self.loss(outputs, batch.targets)
@@ -197,14 +333,93 @@ class Session:
             with self.clock.span("method"):
                 loss = method.blend_loss(batch, outputs, loss)
         batch.loss = loss.detach()
-        for method in self._terms:
-            loss = loss + method.loss_terms()
+        return outputs, loss, each
+
+    def _scale(self, outputs: Tensor) -> float:
+        """Return the factor from a mean over samples to the loss's own mean: 1 unless the loss weighs or ignores some.
+
+        It is that of the batch that came in, from which methods have chosen: the mean over the samples chosen, times
+        their weights, stands for the mean over all of it.
+        """
+        targets = self._incoming
+        if targets is None:
+            return 1.0
+        counted = losses.divisor(self.loss, outputs, targets)
+        return len(targets) / counted if counted else 1.0
+
+    def _with_terms(self, loss: Tensor) -> Tensor:
+        """Return ``loss`` with what methods add to it, once between two updates."""
+        if not self._begun:
+            for method in self._terms:
+                loss = loss + method.loss_terms()
+        return loss
+
+    def _let_observe(self, batch: Batch, outputs: Tensor, each: Tensor | None) -> None:
         if self._observe:
             seen = None if each is None else each.detach()
             with self.clock.span("method"):
                 for method in self._observe:
                     method.observe(batch, outputs.detach(), seen)
-        return loss
+
+    def _backpropagate(self, loss: Tensor, *, terms: bool = True) -> None:
+        with self.clock.span("forward"):
+            if terms:
+                with self._inside():
+                    loss = self._with_terms(loss)
+            if self._late:
+                ok = loss.detach().isfinite().all()
+                self._ok = ok if self._ok is None else self._ok & ok
+            elif not math.isfinite(loss.item()):
+                self._report_non_finite(self._seen, "loss", self.counters["step"])
+        with self.clock.span("backward"):
+            if not self._begun:
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+            self._begun = True
+            self._backward(loss)
+
+    def _apply(self) -> None:
+        """Update the weights by the gradients since the last update."""
+        clock = self.clock
+        self._begun = False
+        verdict = self._checked()
+        if self._gradients:
+            with clock.span("method"):
+                for method in self._gradients:
+                    method.gradients()
+        with clock.span("optimizer"):
+            if self.clip_norm is not None:
+                held = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+                nn.utils.clip_grad_norm_(held, self.clip_norm)
+            if verdict is None:
+                self._update(self.optimizers)
+            else:
+                apply_if(verdict, self._update, self.optimizers, own=self._update is step_all)
+        self.counters["updates"] += 1
+        if self._after_update:
+            with clock.span("method"):
+                for method in self._after_update:
+                    method.after_update()
+        if not self._late:
+            self._seen = self._seen.cut(0, 0)
+
+    def _checked(self) -> Tensor | None:
+        """Check the gradients where that is asked for; where the check is late, return the verdict on the device.
+
+        The verdict on the step before is read first, so no second update follows one that was held back.
+        """
+        if not self._late:
+            if self.check_gradients:
+                self._check_gradients()
+            return None
+        assert self._ok is not None
+        loss_ok, self._ok = self._ok, None
+        ok = loss_ok
+        if self.check_gradients:
+            ok = loss_ok & all_finite(gradients_of(self.optimizers)).to(loss_ok.device)
+        self.settle()
+        self._pending = Verdict.of(ok, loss_ok, self.counters["step"], self._seen)
+        return ok
 
     # -- between steps
     def start_epoch(self, epoch: int) -> None:
@@ -227,7 +442,7 @@ class Session:
         self.model.eval()
         try:
             with torch.no_grad(), self._inside():
-                yield self.forward
+                yield self._call
         finally:
             for module, training in modes:  # not model.train(): a module frozen in eval mode stays so
                 module.training = training
@@ -239,6 +454,7 @@ class Session:
     # -- state
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, under the names of the plain model's parameters."""
+        self.settle()
         return {
             "model": self.model.state_dict(),
             "optimizers": [named_state(o, self.model) for o in self.optimizers],
@@ -289,6 +505,7 @@ class Session:
 
     def export(self) -> nn.Module:
         """Return a copy of the model as plain PyTorch modules, in eval mode, which runs and loads without hasten."""
+        self.settle()
         model = copy.deepcopy(self.model)
         for module in model.modules():
             uninstall(module)
@@ -359,9 +576,9 @@ class Session:
                 gradient_as_bucket_view=wrapper.gradient_as_bucket_view, **buffers,
             )  # fmt: skip
         if self._wraps or self.wrapper is not wrapper:
-            self.forward = self.wrapper
+            self._call = self.wrapper
             for around in self._wraps:
-                self.forward = around(self.forward)
+                self._call = around(self._call)
 
     def _collect_hooks(self) -> None:
         def having(hook: str) -> list[Method]:
@@ -376,25 +593,39 @@ class Session:
         update = [m for m in having("update") if "update" in m.writes]
         self._backward: Callable[[Tensor], None] = backward[0].backward if backward else Tensor.backward
         self._update: Callable[[tuple[Optimizer, ...]], None] = update[0].update if update else step_all
+        self._needs_step = [m.spec.name for m in self.methods
+                            if m in self._select or m in self._blend or m in self._observe]  # fmt: skip
+        if backward and self.clip_norm is not None:
+            raise UnsupportedError(
+                f"clip_norm (={self.clip_norm}) beside {backward[0].spec.name}, which scales the gradients until its own "
+                f"update: leave one of them out, or use bfloat16."
+            )
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for method in self._contexts:
-                stack.enter_context(method.context())
+        """Be inside the methods' contexts, each entered once."""
+        if self._within:
             yield
+            return
+        self._within = True
+        try:
+            with ExitStack() as stack:
+                for method in self._contexts:
+                    stack.enter_context(method.context())
+                yield
+        finally:
+            self._within = False
 
     # -- guards
-    def _check_gradients(self, batch: Batch) -> None:
-        grads = [
-            p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
-        ]
+    def _check_gradients(self) -> None:
+        grads = gradients_of(self.optimizers)
         total = torch.stack(torch._foreach_norm(grads)).sum() if grads else torch.zeros(())
         # a norm can overflow though every gradient is finite, so the gradients themselves decide
         if not math.isfinite(total.item()) and not all(g.isfinite().all() for g in grads):
-            self._report_non_finite(batch, "gradient")
+            self._report_non_finite(self._seen, "gradient", self.counters["step"])
 
-    def _report_non_finite(self, batch: Batch, what: str) -> None:
+    def _report_non_finite(self, batch: Batch, what: str, step: int) -> None:
+        self._begun, self._ok = False, None
         if what == "loss":
             with self._inside():
                 where = first_non_finite(self.model, batch.inputs)
@@ -406,10 +637,21 @@ class Session:
             ]
             where = f"the gradient of {bad[0]}" if bad else "a gradient"
         raise NonFiniteError(
-            f"the {what} became NaN or infinite at step {self.counters['step']} (0-based), first seen in {where}. "
+            f"the {what} became NaN or infinite at step {step} (0-based), first seen in {where}. "
             f"No weight was changed (running statistics may have seen this batch). Lower the "
             f"learning rate, check the data, or resume from the last checkpoint."
         )
+
+
+def refuse_closures(optimizers: tuple[Optimizer, ...]) -> None:
+    """Raise UnsupportedError for an optimizer whose step runs the model again by a closure, as LBFGS's does."""
+    for optimizer in optimizers:
+        parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if parameter is not None and parameter.default is parameter.empty:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} runs the model itself, by a closure, in each of its steps; a session runs it "
+                f"once a step. Use an optimizer without one, such as SGD or AdamW."
+            )
 
 
 def step_all(optimizers: tuple[Optimizer, ...]) -> None:

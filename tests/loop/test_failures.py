@@ -157,7 +157,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         ({"momentum": 1.0}, "momentum (=1.0) must be in [0, 1)"),
         ({"ema": 1.0}, "ema (=1.0)"),
         ({"batch_size": 0}, "batch_size (=0) must be between 1"),
-        ({"schedule": "cosin"}, "schedule (='cosin') must be one of constant, cosine"),
+        ({"schedule": "cosin"}, "schedule (='cosin') must be one of 'constant'"),
         ({"augment": ("flipp",)}, "Did you mean 'flip'"),
         ({"larning_rate": 1}, "unknown recipe setting 'larning_rate'"),
     ],

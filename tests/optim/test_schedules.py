@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ def test_factors_are_shares_and_warm_up_rises(progress: float, warmup: float) ->
     for name in schedules.BY_NAME:
         factor = schedules.schedule(name)(progress, warmup)
         assert 0 <= factor <= 1
-        if progress < warmup:
+        if progress < warmup and name != "one_cycle":
             assert factor == pytest.approx(0.2 + 0.8 * progress / warmup)
 
 
@@ -63,3 +64,19 @@ def test_what_is_refused() -> None:
         schedules.cosine(0.5, 1.0)
     with pytest.raises(UnknownName, match="cosine"):
         schedules.schedule("cosin")
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.3, 0.5])
+def test_one_cycle_is_pytorchs(warmup: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    total = 1000
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total + 1, pct_start=warmup)
+    for step in range(total + 1):
+        # PyTorch's phases end one step before the shares say
+        assert schedules.one_cycle(step / total, warmup) == pytest.approx(theirs.get_last_lr()[0], abs=0.02)
+        optimizer.step()
+        if step < total:
+            theirs.step()
+    assert schedules.one_cycle(0.0, warmup) == pytest.approx(1 / 25)
+    assert schedules.one_cycle(warmup, warmup) == 1
+    assert schedules.one_cycle(1.0, warmup) == pytest.approx(1 / 25e4)

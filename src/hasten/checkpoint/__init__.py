@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hasten.checkpoint.folder import claim_folder, safe_name
+from hasten.checkpoint.lock import folder_lock
 from hasten.checkpoint.manifest import DamagedCheckpoint
 from hasten.checkpoint.signals import StopSignal
 from hasten.checkpoint.store import Loaded, SaveFailed, Store
@@ -15,6 +16,7 @@ __all__ = [
     "StopSignal",
     "Store",
     "claim_folder",
+    "folder_lock",
     "pack",
     "safe_name",
     "unpack",

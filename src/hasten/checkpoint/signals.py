@@ -1,4 +1,4 @@
-"""A polite stop: SIGTERM and SIGINT ask the training loop to save and leave at the next step."""
+"""A polite stop: SIGTERM, SIGINT and their like ask the training loop to save and leave at the next step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A person's or a system's stop; a closed terminal; a scheduler's warning; the end of the CPU time allowed.
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+INSISTENT = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT only set ``requested`` to the signal's number.
+    """While entered, SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGXCPU only set ``requested`` to the first one's number.
 
-    A second signal ends the process at once, with nothing saved. On leaving, the handlers from before return.
+    A second SIGTERM or SIGINT ends the process at once, with nothing saved; the others may come several times, as a closed
+    terminal's do. A SIGHUP that ``nohup`` has switched off stays so. On leaving, the handlers from
+    before return.
     Outside the main thread, where Python allows no handlers, it does nothing; ``requested`` can still be set
     by hand.
 
@@ -28,6 +33,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        self._insisted = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -38,6 +44,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if number not in INSISTENT and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -50,6 +58,9 @@ class StopSignal:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
-            os._exit(128 + number)
-        self.requested = int(number)
+        if number in INSISTENT:
+            if self._insisted:
+                os._exit(128 + number)
+            self._insisted = True
+        if self.requested is None:
+            self.requested = int(number)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hasten.errors import SettingsError, unknown
+from hasten.settings import method_from, settings_from
+
+__all__ = ["Config", "method_from", "recipe_from", "resolved", "settings_from"]
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -62,59 +64,14 @@ Config = Annotated[
 ]
 
 
-def method_from(text: str) -> Any:
-    """Return the method of ``name`` or ``name:setting=value,setting=value``; values are written as in TOML."""
-    from hasten.registry import method
-
-    name, _, rest = text.partition(":")
-    return method(name.strip(), **settings_from(rest, f"method {name}"))
-
-
-def settings_from(text: str, what: str) -> dict[str, Any]:
-    """Return ``a=1,b=[2,3]`` as a dict. A bare word is a string. Raises SettingsError for anything else."""
-    if not text.strip():
-        return {}
-    settings: dict[str, Any] = {}
-    for part in _split(text):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise SettingsError(
-                f"{what}: {part.strip()!r} is not setting=value; write name:setting=value,setting=value."
-            )
-        try:
-            settings[key.strip()] = tomllib.loads(f"v = {value}")["v"]
-        except tomllib.TOMLDecodeError:
-            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(
-                value.strip(), value.strip()
-            )
-        if isinstance(settings[key.strip()], list):
-            settings[key.strip()] = tuple(settings[key.strip()])
-    return settings
-
-
-def _split(text: str) -> Iterable[str]:
-    depth, start = 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "[({") - (c in "])}")
-        if c == "," and depth == 0:
-            yield text[start:i]
-            start = i + 1
-    yield text[start:]
-
-
 def recipe_from(preset: str, settings: list[str]) -> Any:
     """Return the preset recipe with ``setting=value`` changes."""
-    from hasten.recipe import RECIPES
+    from hasten.recipe import RECIPES, Recipe
 
     if preset not in RECIPES:
         raise unknown("recipe", preset, RECIPES)
-    changes = {k: v for text in settings for k, v in settings_from(text, "recipe").items()}
-    if isinstance(changes.get("augment"), str):
-        changes["augment"] = (changes["augment"],)
-    try:
-        return RECIPES[preset].with_(**changes)
-    except TypeError as error:
-        raise SettingsError(f"recipe: a setting has the wrong type ({error}); given {changes}.") from error
+    changes = {k: v for text in settings for k, v in settings_from(text, "recipe", Recipe).items()}
+    return RECIPES[preset].with_(**changes)
 
 
 def resolved(context: typer.Context) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hasten.errors import SettingsError
+from hasten.errors import SettingsError, UnsupportedError
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -45,6 +45,24 @@ def decay_groups(
         {"name": "no_decay", "params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def filters_and_rest(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Split groups into those of convolution filters, for Muon, and those of all else. Empty ones are left out.
+
+    Raises UnsupportedError if there is no filter.
+    """
+    halves: list[list[dict[str, Any]]] = [[], []]
+    for group in groups:
+        for half, filters in zip(halves, (True, False), strict=True):
+            kept = [p for p in group["params"] if (p.ndim >= 3) == filters]
+            if kept:
+                half.append({**group, "params": kept})
+    if not halves[0]:
+        raise UnsupportedError(
+            "optimizer muon: the network has no trainable convolution filters, on which Muon acts; use adamw."
+        )
+    return halves[0], halves[1]
 
 
 @dataclass(frozen=True)

@@ -41,17 +41,19 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, for convolution filters.
 
     ``lr`` 0.24 and ``momentum`` 0.6 are airbench94_muon's; ``steps`` is the number of Newton-Schulz
-    iterations, in bfloat16. Before each update a filter tensor is scaled to norm sqrt(O), so weight decay has
-    no meaning here and the layer must be followed by a normalisation. One momentum buffer a parameter is the
-    whole state.
+    iterations, in bfloat16. With ``rescale``, a filter tensor is scaled to norm sqrt(O) before each update, so weight
+    decay has no meaning and the layer must be followed by a normalisation. Without it any convolution can be trained:
+    the update is brought to the size of AdamW's (0.2 root mean square, Liu et al. 2025, arXiv 2502.16982), so that
+    AdamW's learning rates and decoupled ``weight_decay`` fit. One momentum buffer a parameter is the whole state.
 
     Raises UnsupportedError for anything but convolution filters: heads, biases and norms belong to another
     optimizer.
     """
 
     def __init__(
-        self, params: Any, lr: float = 0.24, momentum: float = 0.6, nesterov: bool = True, steps: int = 3
-    ) -> None:
+        self, params: Any, lr: float = 0.24, momentum: float = 0.6, nesterov: bool = True, steps: int = 3,
+        rescale: bool = True, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
         problems = []
         if not lr >= 0:
             problems.append(f"lr is {lr}, must be >= 0")
@@ -59,11 +61,14 @@ class Muon(torch.optim.Optimizer):
             problems.append(f"momentum is {momentum}, must be in [0, 1)")
         if nesterov and momentum == 0:
             problems.append("nesterov needs momentum > 0")
+        if not weight_decay >= 0 or (rescale and weight_decay):
+            problems.append(f"weight_decay is {weight_decay}, must be >= 0, and 0 with rescale")
         if steps < 1:
             problems.append(f"steps is {steps}, must be >= 1")
         if problems:
             raise SettingsError("Muon: " + "; ".join(problems))
-        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, steps=steps))
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, steps=steps, rescale=rescale,
+                                      weight_decay=weight_decay))  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking that it holds convolution filters only."""
@@ -98,7 +103,11 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"]
                 buffer.mul_(momentum).add_(p.grad)
                 direction = p.grad.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-                p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-12))
                 update = orthogonalise(direction.reshape(len(p), -1), group["steps"])
+                if group["rescale"]:
+                    p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-12))
+                else:
+                    p.mul_(1 - lr * group["weight_decay"])
+                    update = update * (0.2 * max(update.shape) ** 0.5)
                 p.add_(update.reshape(p.shape).to(p.dtype), alpha=-lr)
         return loss

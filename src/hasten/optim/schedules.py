@@ -61,6 +61,13 @@ def linear(progress: float, warmup: float = 0.0, end: float = 0.0) -> float:
     return _rise(progress, warmup) if rest is None else 1 + (end - 1) * rest
 
 
+def one_cycle(progress: float, warmup: float = 0.3) -> float:
+    """Return the factor of PyTorch's OneCycleLR: from 1/25 up to 1 in the share ``warmup``, then down to 4e-6, by cosines."""
+    rest = _after_warmup(progress, warmup)
+    low, high, share = (1 / 25, 1.0, progress / warmup) if rest is None else (1.0, 1 / 25 / 1e4, rest)
+    return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def record94(progress: float, warmup: float = 0.23) -> float:
     """Return airbench94's factor: 0.2 at the start, 1.0 at 23%, 0.07 at the end."""
     return linear(progress, warmup, end=0.07)
@@ -71,7 +78,8 @@ def record96(progress: float, warmup: float = 0.1) -> float:
     return linear(progress, warmup)
 
 
-BY_NAME: dict[str, Schedule] = {"constant": constant, "step": step, "cosine": cosine, "linear": linear}
+BY_NAME: dict[str, Schedule] = {"constant": constant, "step": step, "cosine": cosine, "linear": linear,
+                                "one_cycle": one_cycle}  # fmt: skip
 
 
 def schedule(name: str) -> Schedule:
