@@ -180,7 +180,7 @@ def _arm(name: str, arm: Invented, seeds: int, shares: tuple[float, ...], rng: n
         "effects": _effects(arm.methods),
         "settings": {"dtype": "float32" if name == "plain" else "bfloat16", "channels_last": name != "plain"},
     }
-    curve = time_curve(built, set())
+    curve = time_curve(built)
     assert curve is not None
     built["time"] = _time(curve, seeds > 1)
     return built

@@ -56,7 +56,7 @@ PAYLOADS = [
 ]
 
 # Strings whose values the schema fixes, or that other fields refer to.
-_FIXED = {"created", "kind", "verdict", "name", "claim"}
+_FIXED = {"created", "kind", "verdict", "name", "claim", "against", "state"}
 
 
 def _spread(value: Any, text: Callable[[], str]) -> Any:
@@ -72,14 +72,14 @@ def _spread(value: Any, text: Callable[[], str]) -> Any:
     return value
 
 
-def hostile(text: Callable[[], str], **shape: int) -> ReportData:
+def hostile(text: Callable[[], str], **shape: Any) -> ReportData:
     """Return the invented report with every free string replaced by what ``text`` gives next.
 
     Names of the free dictionaries (environment, settings, witnesses, spans) are replaced too, and a failure,
     a prediction and extra settings are added, so that every branch of the page is shown.
     """
     data = cast(dict[str, Any], copy.deepcopy(report(**shape)))
-    data["failures"] = [{"arm": "sb", "seed": 1, "text": "x"}]
+    data["failures"] = [{"arm": "sb", "seed": 1, "text": "x"}, {"arm": "sb", "seed": None, "text": "x"}]
     data["predicted"] = [{"arm": "zz", "quantity": "x", "unit": "s", "predicted": 1.0, "measured": 2.0}]
     data["settings"]["extra"] = {"x": "y"}
     data = _spread(data, text)
@@ -87,9 +87,15 @@ def hostile(text: Callable[[], str], **shape: int) -> ReportData:
     data["settings"]["extra"] = {text(): text()}
     for i, arm in enumerate(data["arms"]):
         old, arm["name"] = arm["name"], f"{i} {text()}"
-        if data["verdict"]["claim"] == old:
-            data["verdict"]["claim"] = arm["name"]
+        for key in ("claim", "against"):
+            if data["verdict"][key] == old:
+                data["verdict"][key] = arm["name"]
         arm["settings"] = {text(): text()}
         arm["witness"] = {text(): 3.0}
-        arm["runs"][0]["spans"][text()] = 0.1
+        arm["points"][-1]["runs"][0]["spans"][text()] = 0.1
+        arm["points"][0]["runs"][0]["disturbed"] = [text()]
+        arm["time"]["note"] = text()
+        for key in ("vs_plain", "vs_strong"):
+            if arm[key] is not None:
+                arm[key]["note"] = text()
     return cast(ReportData, data)

@@ -69,8 +69,8 @@ def test_hostile_reports_run_nothing_and_fetch_nothing(
     turn = cycle(aimed)
     together = "".join(aimed)
     pages = {
-        "mixed": render(hostile(lambda: next(turn), seeds=2, evals=3)),
-        "together": render(hostile(lambda: together, seeds=1, evals=2)),
+        "mixed": render(hostile(lambda: next(turn), seeds=2, shares=(0.5, 1.0))),
+        "together": render(hostile(lambda: together, seeds=1, shares=(0.5, 1.0))),
     }
     for name, page in pages.items():
         dom = _open(page, tmp_path, name)

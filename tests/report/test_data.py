@@ -26,7 +26,8 @@ def _paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key, item in items for place in [(*at, key), *_paths(item, (*at, key))]]
 
 
-DATA = report(seeds=2, evals=2)
+DATA = report(seeds=2, shares=(0.5, 1.0))
+VERSUS = {"ratio": None, "reason": "x", "n": 2, "blocks": 2, "verdict": "not shown", "note": ""}
 PLACES = _paths(DATA)
 # Places whose names are free: taking one away leaves report data.
 FREE = ("environment", "spans", "witness", "settings", "extra")
@@ -53,7 +54,11 @@ def test_a_wrong_type_is_refused_by_its_place(place: tuple[Any, ...]) -> None:
     assert named[-1] in str(error.value)
 
 
-@given(st.sampled_from([p for p in PLACES if isinstance(p[-1], str) and not {*p[:-1]} & {*FREE}]))
+@given(
+    st.sampled_from(
+        [p for p in PLACES if isinstance(p[-1], str) and p[-1] != "margin" and not {*p[:-1]} & {*FREE}]
+    )
+)
 def test_a_missing_field_is_refused_by_name(place: tuple[Any, ...]) -> None:
     data: Any = copy.deepcopy(DATA)
     inner = data
@@ -67,26 +72,46 @@ def test_a_missing_field_is_refused_by_name(place: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 10**400, True])
 def test_numbers_are_finite(number: float) -> None:
     with pytest.raises(DataError, match="finite"):
-        check(_changed(("arms", 0, "runs", 0, "seconds", "train"), number))
+        check(_changed(("arms", 0, "points", 0, "runs", 0, "seconds", "train"), number))
 
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("schema_version",), 2, "schema_version"),
+        (("schema_version",), 1, "schema_version"),
         (("created",), "yesterday", "UTC"),
         (("created",), "2026-11-22T09:30:00+02:00", "UTC"),
         (("verdict", "claim"), "nobody", "nobody"),
+        (("verdict", "against"), "nobody", "nobody"),
+        (("verdict", "against"), None, "against"),
         (("verdict", "ci"), [1.2], "lo, hi"),
+        (("verdict", "ci"), None, "above 1"),
+        (("verdict", "ci"), [None, 1.9], "above 1"),
+        (("verdict", "ci"), [0.97, 1.9], "above 1"),
+        (("verdict", "ci"), [1.9, 1.2], "interval"),
+        (("verdict", "ratio"), 1.6, "another ratio"),
+        (("verdict", "against"), "plain", "another ratio"),
+        (("verdict", "against"), "all", "itself"),
+        (("arms", 5, "vs_strong"), None, "own row"),
+        (("aa", "ok"), False, "A/A"),
+        (("aa", "lo"), 1.001, "does not hold 1"),
         (("target", "accuracy"), 90.0, "fraction"),
         (("arms", 1, "name"), "plain", "differ"),
-        (("arms", 2, "vs_strong", "lo"), 9.0, "inside"),
-        (("arms", 2, "vs_strong", "hi"), None, "both ends"),
-        (("arms", 2, "vs_strong", "ratio"), None, "reason"),
+        (("arms", 2, "vs_strong", "lo"), 9.0, "interval"),
+        (("arms", 2, "vs_strong", "lo"), 0.99, "'sooner'"),
+        (("arms", 2, "vs_strong", "lo"), None, "'sooner'"),
+        (("arms", 0, "vs_strong", "hi"), 1.0, "'later'"),
+        (("arms", 5, "vs_strong", "verdict"), "not shown", "does not say"),
+        (("arms", 2, "vs_strong"), {**VERSUS, "lo": 1.3, "hi": 1.1}, "swapped"),
+        (("arms", 4, "vs_strong", "reason"), None, "reason"),
         (("arms", 2, "vs_strong", "verdict"), "best", "not shown"),
+        (("arms", 4, "time", "state"), "reached", "if and only if"),
+        (("arms", 2, "time", "seconds"), None, "if and only if"),
+        (("arms", 2, "time", "lo"), 99.0, "interval"),
+        (("arms", 2, "accuracy", "vs_strong", "hi"), -0.5, "interval"),
         (("arms", 2, "kind"), "magic", "baseline"),
-        (("arms", 0, "runs", 0, "seconds", "train"), -1.0, "negative"),
-        (("arms", 0, "runs", 0, "curve"), [[1.0, 2.0]], "accuracy"),
+        (("arms", 2, "points", 0, "share"), 2.0, "rise"),
+        (("arms", 0, "points", 0, "runs", 0, "seconds", "train"), -1.0, "negative"),
         (("arms",), [], "at least one"),
         (("surprise",), 1, "unknown field"),
     ],

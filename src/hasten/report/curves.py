@@ -158,7 +158,8 @@ def _curve(plot: Plot, trace: Trace, colours: dict[str, str], front: set[str]) -
     arm, children = trace.arm, []
     children.append(path([(plot.across(x), plot.up(y)) for x, y in trace.line], "curve"))
     for point, x, y in trace.points:
-        runs = [run for run in point["runs"] if run["failure"] is None and run["accuracy"] is not None]
+        ended = [run for run in point["runs"] if run["failure"] is None and run["accuracy"] is not None]
+        runs = [run for run in ended if not run["disturbed"]]
         if len(runs) > 1:
             for run in runs:
                 time = headline_seconds(run)
@@ -174,7 +175,7 @@ def _curve(plot: Plot, trace: Trace, colours: dict[str, str], front: set[str]) -
                     )
         mark = tag("path", d=_mark(arm["kind"], plot.across(x), plot.up(y)), class_="mark")
         touch = tag("circle", cx=plot.across(x), cy=plot.up(y), r=13.0, class_="touch")
-        children.append(tag("g", tag("title", _said(trace, point)), mark, touch))
+        children.append(tag("g", tag("title", _said(trace, point, x)), mark, touch))
     strength = " front" if arm["name"] in front else ""
     return tag(
         "g", *children, class_=f"arm {arm['kind']}{strength} {colours[arm['name']]}", data_arm=trace.index
@@ -190,20 +191,20 @@ def _mark(kind: str, x: float, y: float) -> str:
     return f"M{x - 4.4:.1f} {y:.1f}a4.4 4.4 0 1 0 8.8 0a4.4 4.4 0 1 0 -8.8 0z"
 
 
-def _said(trace: Trace, point: Point) -> str:
+def _said(trace: Trace, point: Point, time: float) -> str:
     share = "the full schedule" if point["share"] == 1 else f"{100 * point['share']:.0f}% of the schedule"
     spread_ = f" ± {100 * point['sd']:.2f}" if point["sd"] is not None else ""
     runs = "1 seed" if point["n"] == 1 else f"{point['n']} seeds"
     return (
-        f"{visible(trace.arm['label'])}, {point['epochs']:.3g} epochs ({share}): {seconds(point['seconds'])}, "
+        f"{visible(trace.arm['label'])}, {point['epochs']:.3g} epochs ({share}): {seconds(time)}, "
         f"{percent(point['accuracy'], 2)}{spread_}, {runs}"
     )
 
 
 def _names(plot: Plot, drawn: list[Trace], colours: dict[str, str]) -> list[Markup]:
     """Return each arm's name beside the plot, at the height where its curve ends, with a line from there."""
-    pitch, room = plot.size + 2.5, plot.width - plot.right - 24
-    texts = [lines_of(visible(trace.arm["label"]), room, plot.size, 2 if plot.wide else 3) for trace in drawn]
+    pitch, room, most = plot.size + 2.5, plot.width - plot.right - 24, 2 if plot.wide else 3
+    texts = [lines_of(visible(trace.arm["label"]), room, plot.size, most) for trace in drawn]
     ends = [
         (plot.across(trace.line[-1][0]), min(plot.up(trace.line[-1][1]), plot.floor - 4)) for trace in drawn
     ]
@@ -214,9 +215,10 @@ def _names(plot: Plot, drawn: list[Trace], colours: dict[str, str]) -> list[Mark
     for trace, text, (x, y), height, top in zip(drawn, texts, ends, heights, tops, strict=True):
         middle, edge = top + height / 2, plot.right + 6
         leader = path([(x + 8, y), (max(edge, x + 8), y), (edge + 10, middle)], "leader")
+        # always as many lines, empty ones too: no name changes what the page is made of
         lines = [
             tag("text", line, x=plot.right + 20, y=top + pitch * (i + 1) - 1, class_="label")
-            for i, line in enumerate(text)
+            for i, line in enumerate([*text, "", ""][:most])
         ]
         found.append(
             tag(

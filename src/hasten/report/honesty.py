@@ -61,14 +61,16 @@ def _noise(aa: Noise | None) -> tuple[bool, str]:
 
 
 def _dropped(data: ReportData) -> tuple[bool, str]:
+    said = "Blocks in which something else used the machine"
     blocks = [f"block {block['block']}: {plain(block['reason'])}" for block in data["dropped"]]
     if not blocks:
-        return False, "Blocks left out because something else used the machine: none."
+        return False, f"{said}: none."
     more = f"; and {len(blocks) - _BLOCKS_SHOWN} more" if len(blocks) > _BLOCKS_SHOWN else ""
-    total = {run["block"] for run in all_runs(data)} | {block["block"] for block in data["dropped"]}
-    text = f"Blocks left out of the times: {len(blocks)} of {len(total)} ({'; '.join(blocks[:_BLOCKS_SHOWN])}{more})."
-    return len(blocks) >= len(total), text + (
-        " None was quiet, so nothing is claimed." if len(blocks) >= len(total) else ""
+    total = len({run["block"] for run in all_runs(data)} | {block["block"] for block in data["dropped"]})
+    shown = "; ".join(blocks[:_BLOCKS_SHOWN])
+    return (
+        len(blocks) == total,
+        f"{said}: {len(blocks)} of {total}, and the times of the runs it met are left out ({shown}{more}).",
     )
 
 

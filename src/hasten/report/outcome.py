@@ -64,7 +64,7 @@ def versus_answer(versus: Versus | None, itself: bool = False) -> Answer:
     word, low, high = WORDS[versus["verdict"]], versus["lo"], versus["hi"]
     note = plain(versus["note"])
     if versus["ratio"] is None:
-        note = "; ".join(text for text in (plain(versus["reason"] or ""), note) if text)
+        note = "; ".join(text for text in dict.fromkeys((plain(versus["reason"] or ""), note)) if text)
         if versus["verdict"] == "sooner" and low is not None:  # the baseline never gets there
             return Answer(f"at least {times(low, ratio_digits(low, None))}", "", word, note)
         return Answer(DASH, "", word, note)

@@ -322,15 +322,6 @@ def headline_seconds(run: Run) -> float:
     return run["seconds"]["train"] + run["seconds"]["final"]
 
 
-def _claimed(data: ReportData) -> Versus | None:
-    """Return the row's ratio that a claim rests on; None where it is against an arm that is neither baseline."""
-    verdict = data["verdict"]
-    kinds = {arm["name"]: arm["kind"] for arm in data["arms"]}
-    row = next((arm for arm in data["arms"] if arm["name"] == verdict["claim"]), None)
-    kind = kinds.get(verdict["against"] or "")
-    return row and {"baseline": row["vs_plain"], "strong": row["vs_strong"]}.get(kind or "")
-
-
 def _meaning(data: ReportData) -> list[str]:
     """Return what is wrong with data whose types are right."""
     problems: list[str] = []
@@ -403,9 +394,14 @@ def _meaning(data: ReportData) -> list[str]:
         need(aa is None or aa["ok"], where, "no claim where the A/A test fails")
         low = ci[0] if ci else None
         need(low is not None and low > 1, where, f"needs an interval above 1, not {ci}")
-        row = _claimed(data)
-        need(row is None or row["verdict"] == "sooner", where, "its own row does not say 'sooner'")
-        need(row is None or row["ratio"] == verdict["ratio"], where, "its own row has another ratio")
+        rows = {arm["name"]: arm for arm in data["arms"]}
+        own, other = rows.get(verdict["claim"]), rows.get(verdict["against"] or "")
+        need(own is None or own is not other, where, "an arm cannot be sooner than itself")
+        if own is not None and other is not None and other["kind"] in ("baseline", "strong"):
+            row = own["vs_plain"] if other["kind"] == "baseline" else own["vs_strong"]
+            said = row is not None and row["verdict"] == "sooner"
+            need(said, where, "its own row does not say 'sooner'")
+            need(row is None or row["ratio"] == verdict["ratio"], where, "its own row has another ratio")
     for arm in data["arms"]:
         where = f"report.arms[{arm['name']!r}]"
         fraction(arm["accuracy"]["mean"], f"{where}.accuracy.mean")

@@ -16,7 +16,7 @@ _TERMS = {
     "one seed": "A single run of each says nothing about chance. Give more seeds for an interval.",
     "full budget": "The longest training that was run. These two columns compare neither equal time nor equal accuracy, which is why the answer is not read from them.",
     "plain and strong": "Plain is PyTorch as its tutorials show it. Strong adds all that is exact and pays here, such as a faster number format, memory layout or compiling; a method has to beat it to be worth its while.",
-    "block": "One run of every arm with the same seed, made one after the other, so that the machine's moods meet all alike. A block during which something else used the machine is left out of the times; its accuracies stay.",
+    "block": "One run of every arm with the same seed, made one after the other, so that the machine's moods meet all alike. Where something else used the machine meanwhile, the times are left out; the accuracies stay.",
     "A/A test": "Whole runs of one arm are timed against themselves before anything else. The true ratio is 1, so the interval must hold it; where it does not, the machine is too restless and nothing is claimed.",
     "sd of a pair": "How much the times of two equal runs differ by themselves. A gain much smaller than that needs many seeds to be seen.",
 }  # fmt: skip
@@ -46,4 +46,4 @@ def _margin(margin: float | None) -> str:
         if margin is None
         else f"a margin of {100 * margin:g} points set before the runs"
     )
-    return f"“No loss” is said only where the interval of the difference in accuracy lies above {size}; else a loss is not ruled out."
+    return f"Said only where the accuracy is shown, at 95%, to lose less than {size}; else a loss is not ruled out. It speaks of the full budget alone."

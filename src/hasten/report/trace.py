@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,32 +25,32 @@ class Trace:
 
 def traces(data: ReportData) -> list[Trace]:
     """Return the arms that finished a run, in their order."""
-    left_out = {block["block"] for block in data["dropped"]}
-    found = (_trace(i, arm, left_out) for i, arm in enumerate(data["arms"]))
+    found = (_trace(i, arm) for i, arm in enumerate(data["arms"]))
     return [trace for trace in found if trace is not None]
 
 
-def _trace(index: int, arm: Arm, left_out: set[int]) -> Trace | None:
+def _trace(index: int, arm: Arm) -> Trace | None:
     known = [
         (p, p["seconds"], p["accuracy"]) for p in arm["points"] if p["seconds"] and p["accuracy"] is not None
     ]
     if not known:
         return None
-    curve = time_curve(arm, left_out)
+    curve = time_curve(arm)
     line = [(seconds, accuracy) for _, seconds, accuracy in known]
-    if curve is not None and len(curve.budgets) > 1:
-        pieces = [
-            np.linspace(a, b, STEPS, endpoint=False)
-            for a, b in zip(curve.place, curve.place[1:], strict=False)
-        ]
-        places = np.concatenate([*pieces, curve.place[-1:]])
-        drawn = zip(curve.mean_seconds(places).tolist(), curve.accuracy(places).tolist(), strict=True)
-        line = [(seconds, accuracy) for seconds, accuracy in drawn if math.isfinite(seconds)]
+    if curve is not None:
+        # the marks stand where the curve has them: at the times of undisturbed runs
+        there = dict(zip(curve.budgets.tolist(), curve.mean_seconds(curve.place).tolist(), strict=True))
+        known = [(p, there.get(p["share"], seconds), accuracy) for p, seconds, accuracy in known]
+        pairs = zip(curve.place, curve.place[1:], strict=False)
+        places = np.concatenate(
+            [*(np.linspace(a, b, STEPS, endpoint=False) for a, b in pairs), curve.place[-1:]]
+        )
+        line = list(zip(curve.mean_seconds(places).tolist(), curve.accuracy(places).tolist(), strict=True))
     return Trace(index, arm, line, known)
 
 
-def time_curve(arm: Arm, left_out: set[int]) -> TimeCurve | None:
-    """Return the arm's curve from its runs, the times of blocks ``left_out`` unknown; None without a timed run.
+def time_curve(arm: Arm) -> TimeCurve | None:
+    """Return the arm's curve from its runs, times of disturbed ones left out; None without a timed run.
 
     Budgets at which no run finished are no points of it.
     """
@@ -65,7 +64,7 @@ def time_curve(arm: Arm, left_out: set[int]) -> TimeCurve | None:
                 column = blocks.index(run["block"])
                 accuracies[row, column] = run["accuracy"]
                 time = headline_seconds(run)
-                if run["block"] not in left_out and time > 0:
+                if not run["disturbed"] and time > 0:
                     seconds[row, column] = time
     if np.isnan(seconds).all():
         return None
