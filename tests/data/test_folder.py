@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -144,3 +145,260 @@ def test_more_images_than_memory_is_refused_before_reading(
     monkeypatch.setattr("hasten.data.memory.os.sysconf", lambda name: 40)
     with pytest.raises(DataError, match="GiB of memory"):
         load(tmp_path)
+
+
+def image(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, 0, 0)).save(path, "PNG" if path.suffix == ".png" else "JPEG")
+
+
+def two_classes(root: Path, parts: tuple[str, ...] = ("train", "val"), n: int = 2) -> None:
+    for part in parts:
+        for name in ("cat", "dog"):
+            for number in range(n):
+                image(root / part / name / f"{number}.png")
+
+
+def test_hidden_and_system_entries_are_left_out_and_named(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    hidden = (
+        ".ipynb_checkpoints/0-checkpoint.png", "cat/.DS_Store", "cat/._0.png", "dog/.cache/1.png", "__MACOSX/cat/._0.png",
+        "dog/Thumbs.db", "cat/@eaDir/0.png",
+    )  # fmt: skip
+    for name in hidden:
+        image(tmp_path / "train" / name)
+    data = load(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert len(data.train) == 4
+    assert any(note.startswith("hidden files and folders left out (7): ") for note in data.notes)
+    report = check_folder(tmp_path)
+    assert report.ok
+    named = {
+        path.relative_to(tmp_path / "train").as_posix()
+        for path, reason in report.left_out
+        if reason == "hidden"
+    }
+    assert named == {
+        ".ipynb_checkpoints",
+        "cat/.DS_Store",
+        "cat/._0.png",
+        "dog/.cache",
+        "__MACOSX",
+        "dog/Thumbs.db",
+        "cat/@eaDir",
+    }
+    assert ".ipynb_checkpoints: hidden" in str(report)
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    two_classes(root)
+    for number in range(5):
+        image(tmp_path / f"more/{number}.png", shade=number + 1)
+    image(tmp_path / "bird/0.png")
+    cat = root / "train" / "cat"
+    (cat / "more").symlink_to(tmp_path / "more")
+    (cat / "one.png").symlink_to(tmp_path / "more" / "0.png")
+    (tmp_path / "more" / "up").symlink_to(cat)
+    (cat / "self").symlink_to(".")
+    for part in ("train", "val"):
+        (root / part / "bird").symlink_to(tmp_path / "bird")
+    # Links that double at each level would make 2 ** 30 visits.
+    for level in range(30):
+        (tmp_path / f"deep/{level}").mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / f"deep/{level}/{name}").symlink_to(tmp_path / f"deep/{level + 1}")
+    image(tmp_path / "deep/30/end.png")
+    (cat / "deep").symlink_to(tmp_path / "deep/0")
+    data = load(root)
+    assert data.classes == ("bird", "cat", "dog")
+    assert data.train.labels.tolist() == [0] + [1] * 9 + [2] * 2
+    # In the order of ImageFolder: by the whole path of the folder, then by name.
+    assert data.train.pixels[1:10, 0, 0, 0].tolist() == [0, 0, 1, 0, 1, 2, 3, 4, 5]
+    report = check_folder(root)
+    assert report.ok
+    again = {path.name for path, reason in report.left_out if "met already" in reason}
+    assert again == {"up", "self", "b"}
+
+
+def test_whatever_cannot_be_read_is_named_and_refused(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    cat = tmp_path / "train" / "cat"
+    os.mkfifo(cat / "pipe.png")
+    os.mkfifo(cat / "pipe")
+    (cat / "broken.png").symlink_to(tmp_path / "none")
+    (cat / "circle").symlink_to(cat / "circle")
+    for suffix in ("heif", "heic", "avif", "jxl", "tga", "jp2", "HEIC", "ppm", "cr2"):
+        (cat / f"x.{suffix}").write_bytes(b"anything")
+    image(cat / "without_suffix")
+    image(cat / "a.jpg.bak")
+    image(tmp_path / "train" / "loose.png")
+    (cat / "page.jpg").write_text("<html>404</html>")
+    (cat / "notes.txt").write_text("hello")
+    want = {
+        "pipe.png": "is a named pipe, not a file", "pipe": "is a named pipe, not a file",
+        "broken.png": "a link that leads nowhere", "circle": "a link that leads nowhere",
+        "x.heif": ".heif images are not read", "x.heic": ".heic images", "x.avif": ".avif images", "x.jxl": ".jxl images",
+        "x.tga": ".tga images", "x.jp2": ".jp2 images", "x.HEIC": ".heic images", "x.ppm": ".ppm images",
+        "x.cr2": ".cr2 images", "without_suffix": "is a JPEG image, though its name does not say so: rename it",
+        "a.jpg.bak": "is a JPEG image", "loose.png": "lies outside of the class folders",
+    }  # fmt: skip
+    with pytest.raises(DataError, match=f"{len(want)} of its files cannot be used") as caught:
+        load(tmp_path)
+    for name, reason in want.items():
+        assert f"/{name}: {reason}" in str(caught.value), name
+    report = check_folder(tmp_path)
+    assert not report.ok
+    bad = {path.name: reason for path, reason in report.bad}
+    assert set(bad) == {*want, "page.jpg"}
+    assert bad["page.jpg"] == "is a web page, not a JPEG image"
+    assert [path.name for path in report.ignored] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_classes(tmp_path)
+    image(tmp_path / "train/cat/locked/0.png")
+    listdir = os.listdir
+
+    def refused(path: Path) -> list[str]:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr("hasten.data.folder_scan.os.listdir", refused)
+    with pytest.raises(DataError, match=r"cat/locked: this folder cannot be opened \(Permission denied\)"):
+        load(tmp_path)
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    image(tmp_path / "train/cat/x.png")
+    os.rename(tmp_path / "train/cat/x.png", os.fsencode(tmp_path / "train/cat") + b"/\xff.png")
+    assert len(load(tmp_path).train) == 5
+    (tmp_path / "train/cat/0.png").write_bytes(b"")
+    os.rename(tmp_path / "train/cat/1.png", os.fsencode(tmp_path / "train/cat") + b"/\xfe.tga")
+    report = check_folder(tmp_path)
+    str(report).encode()
+    with pytest.raises(DataError, match=r"\?\.tga: \.tga images") as caught:
+        load(tmp_path)
+    str(caught.value).encode()
+    os.mkdir(os.fsencode(tmp_path / "train") + b"/\xfd")
+    with pytest.raises(DataError, match="not UTF-8: rename the folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "counts"),
+    [
+        (("train", "val"), (4, 4, None)), (("train", "test"), (4, 4, None)), (("Train", "Test"), (4, 4, None)),
+        (("training", "validation"), (4, 4, None)), (("train", "val", "test"), (4, 4, 4)),
+        (("train_set", "valid", "testing"), (4, 4, 4)),
+    ],
+)  # fmt: skip
+def test_parts_by_their_usual_names(
+    tmp_path: Path, parts: tuple[str, ...], counts: tuple[int | None, ...]
+) -> None:
+    two_classes(tmp_path, parts)
+    if len(parts) == 3:
+        image(tmp_path / parts[1] / "cat" / "only.png", shade=200)
+    data = load(tmp_path)
+    assert (data.train_count, data.test_count) == (4, 4)
+    assert data.has_validation == (len(parts) == 3)
+    if data.validation is not None:
+        assert len(data.validation) == 5
+        assert data.validation.pixels.max() == 200
+
+
+@pytest.mark.parametrize("inside", [".", "train"])
+def test_without_a_test_part_a_stratified_tenth_is_held_out(tmp_path: Path, inside: str) -> None:
+    for name, n in (("cat", 30), ("dog", 20), ("owl", 3)):
+        for number in range(n):
+            image(tmp_path / "photos" / inside / name / f"{number:02}.png", shade=number + 1)
+    data = load(tmp_path / "photos")
+    assert data.name == "photos (10% held out)"
+    assert np.bincount(data.test.labels).tolist() == [3, 2, 1]
+    assert np.bincount(data.train.labels).tolist() == [27, 18, 2]
+    seen = [
+        sorted((int(y), int(x[0, 0, 0])) for x, y in zip(i.pixels, i.labels, strict=True))
+        for i in (data.train, data.test)
+    ]
+    assert sorted(seen[0] + seen[1]) == [(y, s) for y, n in enumerate((30, 20, 3)) for s in range(1, n + 1)]
+    assert load(tmp_path / "photos").identity() == data.identity()
+    assert any("6 samples (10% of each class) were held out" in note for note in data.notes)
+    report = check_folder(tmp_path / "photos")
+    assert report.ok
+    assert "10% of each class will be held out" in str(report)
+    image(tmp_path / "photos" / inside / "fox" / "0.png")
+    with pytest.raises(DataError, match="'fox' has one training image"):
+        load(tmp_path / "photos")
+
+
+def test_folders_of_other_shapes_say_how_to_arrange(tmp_path: Path) -> None:
+    def refused(root: Path, words: str) -> None:
+        for read in (load, check_folder):
+            with pytest.raises(DataError, match=words):
+                read(root)
+
+    (tmp_path / "a/images").mkdir(parents=True)
+    two_classes(tmp_path / "a", ("images",))
+    refused(tmp_path / "a", r"it has: images; perhaps .*a/images is meant")
+    image(tmp_path / "b/0.png")
+    refused(tmp_path / "b", r"image files that lie loose: 1\)\. To use it, arrange")
+    two_classes(tmp_path / "c", ("val",))
+    refused(tmp_path / "c", "must hold train/CLASS")
+    two_classes(tmp_path / "d", ("seg_train", "seg_test"))
+    refused(tmp_path / "d", "lie deeper than seg_test, seg_train/FILE")
+    two_classes(tmp_path / "e", ("train", "val", "valid"))
+    refused(tmp_path / "e", "val/ and valid/, which mean the same part")
+    two_classes(tmp_path / "f", ("train",))
+    (tmp_path / "f/val").write_text("")
+    refused(tmp_path / "f", r"f/val is a file, where a folder of class folders is expected")
+    two_classes(tmp_path / "g", ("val",))
+    (tmp_path / "g/train").mkdir()
+    with pytest.raises(DataError, match="g/train has no images in class folders"):
+        load(tmp_path / "g")
+    assert not check_folder(tmp_path / "g").ok
+    two_classes(tmp_path / "h", ("train",))
+    (tmp_path / "h/val").mkdir()
+    with pytest.raises(DataError, match="h/val has no images in class folders"):
+        load(tmp_path / "h")
+    assert not check_folder(tmp_path / "h").ok
+    two_classes(tmp_path / "i")
+    image(tmp_path / "i/val/owl/0.png")
+    with pytest.raises(DataError, match="have not: owl"):
+        load(tmp_path / "i")
+    assert [reason for _, reason in check_folder(tmp_path / "i").bad] == [
+        "a class that the training images have not"
+    ]
+
+
+def test_a_class_without_test_images_is_told(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    image(tmp_path / "train/owl/0.png")
+    data = load(tmp_path)
+    assert data.classes == ("cat", "dog", "owl")
+    assert data.notes == ("classes without test images (1): owl",)
+    assert check_folder(tmp_path).ok
+
+
+def test_size_is_checked_and_part_of_the_identity(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    for bad in (0, -3, 5000):
+        with pytest.raises(DataError, match=f"between 1 and 4096 pixels, got {bad}"):
+            load(tmp_path, size=bad)
+    plain, same, small = load(tmp_path), load(tmp_path, size=8), load(tmp_path, size=4)
+    assert np.array_equal(plain.train.pixels, same.train.pixels)
+    assert len({str(data.identity()) for data in (plain, same, small)}) == 3
+    assert plain.preprocessing()["resize"] is None
+    assert small.preprocessing()["resize"] == {
+        "shorter_side": 4,
+        "interpolation": "bilinear",
+        "antialias": True,
+    }
+    assert small.preprocessing()["size"] == [4, 4]
+
+
+def test_one_thin_image_among_others_is_no_harm(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    Image.new("RGB", (60_000, 2)).save(tmp_path / "train/cat/thin.png")
+    assert load(tmp_path, size=16).train.shape == (16, 16, 3)

@@ -91,10 +91,10 @@ def remarks(found: Layout) -> list[str]:
     test = found.test
     without = [name for name in found.train.classes if test is not None and not test.counts().get(name)]
     told = (
-        (hidden, "hidden files and folders were left out"), (again, "folders that links lead to again were left out"),
-        (other, "files that are no images were left out"), (without, "classes have no test images"),
+        (hidden, "hidden files and folders left out"), (again, "folders that links lead to again, left out"),
+        (other, "files that are no images, left out"), (without, "classes without test images"),
     )  # fmt: skip
-    return [f"{len(names):,} {what}: {_some(names)}" for names, what in told if names]
+    return [f"{what} ({len(names):,}): {_some(names)}" for names, what in told if names]
 
 
 def _some(names: list[str]) -> str:

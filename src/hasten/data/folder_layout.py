@@ -82,7 +82,7 @@ def _misfit(path: Path) -> str:
     entries = sorted(path.iterdir())
     names = ", ".join(shown(Path(entry.name)) for entry in entries[:8]) or "nothing"
     loose = sum(entry.suffix.lower() in READ for entry in entries)
-    hint = f" ({loose:,} image files lie loose in it)" if loose else ""
+    hint = f" (image files that lie loose: {loose:,})" if loose else ""
     inside = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if len(inside) == 1 and not loose:
         hint = f"; perhaps {shown(inside[0])} is meant"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.data.image_file import head, special
-from hasten.data.image_kinds import FORMATS, READ, UNREAD, kind
+from hasten.data.image_kinds import FORMATS, READ, UNREAD, is_read, kind
 from hasten.errors import DataError
 
 # Folders and files that systems leave behind.
@@ -17,7 +17,6 @@ _SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"}
 )
 HIDDEN = "hidden"
-_IMAGES = tuple(f"{name} image" for name in FORMATS)
 Named = list[tuple[Path, str]]
 
 
@@ -134,10 +133,8 @@ def _is_image(file: Path, found: Found) -> bool:
     except OSError:
         what = None
     if what is not None and "image" in what:
-        known = what.endswith(_IMAGES)
-        found.bad.append(
-            (file, f"is {what}, though its name does not say so: {'rename' if known else 'convert'} it")
-        )
+        advice = "rename" if is_read(what) else "convert"
+        found.bad.append((file, f"is {what}, though its name does not say so: {advice} it"))
     else:
         found.ignored.append(file)
     return False

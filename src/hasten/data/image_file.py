@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.data.image_kinds import FORMATS, HEAD, READ, kind
+from hasten.data.image_kinds import FORMATS, HEAD, READ, is_read, kind
 from hasten.data.images import blame
 from hasten.errors import DataError, UnsupportedError
 
@@ -129,7 +129,7 @@ def _why_not(file: Path) -> str:
     if not first:
         return "is empty (0 bytes)"
     what, named = kind(first), READ.get(file.suffix.lower())
-    if what is not None and any(name in what for name in FORMATS):
+    if what is not None and is_read(what):
         return f"is {what}, but damaged"
     if what is not None:
         return f"is {what}, not {f'a {named} image' if named else 'an image that is read'}"

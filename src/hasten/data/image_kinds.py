@@ -108,3 +108,8 @@ HEAD = 64
 def kind(head: bytes) -> str | None:
     """Return what a file is that begins with ``head`` (its first 64 bytes), with its article; None if unknown."""
     return next((what for pattern, what in _SIGNATURES if pattern.match(head)), None)
+
+
+def is_read(what: str) -> bool:
+    """Return whether ``what`` (of ``kind``) is an image of a format that is read."""
+    return what.endswith(tuple(f" {name} image" for name in FORMATS))

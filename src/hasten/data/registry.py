@@ -32,14 +32,13 @@ def load(
     download: bool = False,
     size: int | None = None,
 ) -> DataSet:
-    """Return a data set by name, or that of a path: an image folder (train/ and val/ or test/) or an .npz
-    file.
+    """Return a data set by name, or that of a path: an image folder (see ``load_folder``) or an .npz file.
 
     root: the folder in or below which a standard set lies; without it the environment variable HASTEN_DATA,
     else ~/.cache/hasten (fashion-mnist is also found where Debian installs it). download: get a standard set
     that is not there from its home, checked by SHA-256. size: for image folders, resize the shorter side to
-    this and cut the centre. Raises DataError: unknown name, nothing found, damaged files, wrong counts, no
-    network.
+    this many pixels and cut out the centre. Raises DataError: unknown name, nothing found, damaged files, wrong
+    counts, no network.
     """
     text = str(name)
     if text == DEFAULT or text in STANDARD:

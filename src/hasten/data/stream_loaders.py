@@ -187,10 +187,12 @@ class GivenLoader:
 
 
 def _sampled(loader: DataLoader[Any], default: int) -> int:
-    try:
-        return len(loader.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return default
+    for counted in (loader.sampler, loader.dataset):  # The sampler of an IterableDataset is endless.
+        try:
+            return len(counted)  # type: ignore[arg-type]
+        except TypeError:
+            continue
+    return default
 
 
 def _next(batches: Iterator[Any], step: int, steps: int) -> Any:
