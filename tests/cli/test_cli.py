@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -15,7 +17,6 @@ import pytest
 from hasten import registry
 from hasten.cli import main
 from loop.support import assert_same, final, write_npz
-from loop.test_kill import FACTORY
 
 
 class Outcome:
@@ -76,6 +77,38 @@ def test_one_method_shows_its_settings(hasten: Any) -> None:
     assert "hasten compare --method selective_backprop" in text
     listing = hasten("methods").out
     assert all(name in listing for name in registry.available())
+
+
+def test_methods_show_what_each_saves_and_gains_in_80_columns(hasten: Any) -> None:
+    from importlib.resources import files
+
+    stored = json.loads((files("hasten") / "measured.json").read_text())["methods"]
+    rows = {row["name"]: row for row in hasten("methods", "--json").json()}
+    listing = hasten("methods").out.splitlines()
+    assert max(map(len, listing)) <= 80
+    begins = {line.split()[0]: line for line in listing}
+    for name, row in rows.items():
+        assert row["saves"] in begins[name]
+        gain = stored.get(name, {}).get("gain", "not measured")
+        assert begins[name].split("  ")[-1].split()[0] in gain.split()[0]
+    for name in ("error_map_pruning", "s3pool"):
+        shown = hasten("methods", name).out
+        assert max(map(len, shown.splitlines())) <= 80
+        words = " ".join(shown.split())
+        for key in ("paper", "gain", "use_when", "not_when"):
+            assert stored[name][key] in words
+
+
+@pytest.mark.parametrize(("gain", "short"), [
+    ("1.41x [1.39, 1.43]: faster (step of vgg16, over strong)", "1.41x [1.39, 1.43]: step of vgg16, over strong"),
+    ("1.02x [0.99, 1.04]: not shown; 0.5x over plain (time (of 2))", "1.02x [0.99, 1.04], not shown: time (of 2)"),
+    ("66 MiB less (batch 10; 2 bytes) (weights, vgg16)", "66 MiB less (batch 10; 2 bytes): weights, vgg16"),
+    ("not measured here", "not measured here"),
+])  # fmt: skip
+def test_a_gain_in_short_keeps_its_verdict_and_what_it_is_of(gain: str, short: str) -> None:
+    from hasten.cli.methods import shortly
+
+    assert shortly(gain) == short
 
 
 def test_check_passes_for_a_method_and_tells_its_checks(hasten: Any) -> None:
@@ -166,91 +199,6 @@ def test_a_wrong_settings_file_is_one_clear_error(hasten: Any, tmp_path: Path, l
     assert not (tmp_path / "runs").exists()
 
 
-# -- export
-
-
-LOADER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hasten":
-            raise ImportError("hasten is not installed here")
-sys.meta_path.insert(0, Refuse())
-import torch
-x = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-program = torch.export.load(sys.argv[1] + ".pt2").module()
-from safetensors.torch import load_file
-weights = load_file(sys.argv[1] + ".safetensors")
-named = dict(program.named_parameters()) | dict(program.named_buffers())
-assert set(weights) <= set(named), set(weights) - set(named)
-assert all(torch.equal(weights[k], named[k]) for k in weights)
-print([round(float(v), 4) for v in program(x).sum(1)])
-"""
-
-
-def test_export_loads_without_hasten_and_computes_the_same(hasten: Any, data: Path, tmp_path: Path) -> None:
-    from hasten.exporting import load_run
-
-    (tmp_path / "net.py").write_text(FACTORY)
-    trained = hasten("train", *SMALL, "--model", "net.py:make", "--data", data, "--epochs", "1", "--out", "run",
-                     "--method", "s3pool", "--method", "mixed_precision")  # fmt: skip
-    assert trained.code == 0, trained.err
-    for suffix in (".safetensors", ".pt2"):
-        written = hasten("export", "run", f"net{suffix}", "--trust-code")
-        assert written.code == 0, written.err
-        assert f"wrote net{suffix}" in written.out
-    (tmp_path / "load.py").write_text(LOADER)
-    ended = subprocess.run([sys.executable, "-W", "ignore", "load.py", "net"], cwd=tmp_path, capture_output=True, text=True,
-                           timeout=100, check=False)  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    import torch
-
-    net, _ = load_run(tmp_path / "run", trust_code=True)
-    x = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = net(x).sum(1)
-    assert torch.allclose(torch.tensor(json.loads(ended.stdout)), expected, atol=2e-4)
-    assert sorted(p.name for p in tmp_path.glob("*net*")) == ["net.pt2", "net.py", "net.safetensors"]
-
-
-def test_export_refuses_what_it_cannot_do(hasten: Any, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, 4))\n"
-    )
-    run = (
-        "train",
-        "--model",
-        "net.py:make",
-        "--data",
-        data,
-        "--epochs",
-        "0.25",
-        "--set",
-        "batch_size=16",
-        "--out",
-        "run",
-    )
-    assert hasten(*run).code == 0
-    cases = [
-        (("export", "run", "net.onnx"), "end it in .safetensors or .pt2"),
-        (("export", "nowhere", "net.pt2"), "holds no good checkpoint"),
-        (("export", "run", "net.pt2"), "--trust-code"),
-        (
-            ("export", "run", "missing/net.safetensors", "--trust-code"),
-            "cannot write missing/net.safetensors: No such",
-        ),
-        (
-            ("export", "run", "patterns.npz/net.pt2", "--trust-code"),
-            "cannot write patterns.npz/net.pt2: Not a dir",
-        ),
-    ]
-    for arguments, words in cases:
-        result = hasten(*arguments)
-        assert result.code == 2, arguments
-        assert words in result.err
-    assert hasten("export", "run", "net.safetensors", "--trust-code").code == 0
-
-
 # -- data, report
 
 
@@ -280,7 +228,19 @@ def test_report_is_made_again_from_its_data(hasten: Any, tmp_path: Path) -> None
 # -- start-up
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["methods", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        ["--version"],
+        ["train", "-h"],
+        ["methods", "--help"],
+        ["predict", "-h"],
+        ["tarin"],
+        [],
+    ],
+)
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom hasten.cli import main\n"
@@ -292,4 +252,136 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert "Usage" in ended.stdout + ended.stderr
+    assert "Usage" in ended.stdout + ended.stderr or "hasten 0" in ended.stdout
+
+
+def test_the_version_and_the_module_and_a_misspelt_command(hasten: Any) -> None:
+    from hasten import __version__
+
+    assert hasten("--version").out == f"hasten {__version__}\n"
+    ended = subprocess.run(
+        [sys.executable, "-m", "hasten", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == f"hasten {__version__}\n"
+    wrong = hasten("predcit")
+    assert wrong.code == 2
+    assert "Did you mean 'predict'?" in wrong.err
+    assert "--show-completion" in hasten("--help").out
+
+
+def test_completion_knows_the_commands() -> None:
+    environment = {
+        **os.environ,
+        "_HASTEN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "hasten ev",
+        "COMP_CWORD": "1",
+    }
+    ended = subprocess.run([sys.executable, "-m", "hasten"], capture_output=True, text=True, timeout=60, check=False,
+                           env=environment)  # fmt: skip
+    assert ended.stdout.split() == ["evaluate"]
+
+
+# -- how commands end
+
+
+def test_a_fault_is_one_line_and_its_traceback_a_file(
+    hasten: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import tempfile
+
+    def broken() -> list[str]:
+        raise RuntimeError("the table\nfell over")
+
+    monkeypatch.setattr(registry, "available", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = hasten("methods")
+    assert result.code == 70
+    assert result.err.count("\n") == 1
+    assert "error: RuntimeError: the table fell over (traceback in " in result.err
+    assert "HASTEN_TRACEBACK=1 shows it" in result.err
+    (log,) = tmp_path.glob("hasten-*.log")
+    assert str(log) in result.err
+    assert "in broken" in log.read_text()
+    monkeypatch.setenv("HASTEN_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in hasten("methods").err
+
+
+SLOW = """
+import sys, time
+from hasten.cli import main, methods
+def slow(text):
+    print("ready", flush=True)
+    time.sleep(60)
+methods.starting = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_ends_a_command_like_control_c(name: str, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said == "stopped\n"
+
+
+def test_stopping_a_command_that_resumes_says_so(hasten: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.cli import report
+
+    def stop(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hasten.comparison.compare", stop)
+    monkeypatch.setattr(report, "add_to", lambda app: app.command("report")(stop_report))
+    result = hasten("compare", "--demo", "--quick", "--out", "c")
+    assert result.code == 130
+    assert "stopped; the same command goes on from there" in result.err
+    assert hasten("report").err == "stopped\n"
+
+
+def stop_report() -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_signals_are_as_they_were_after_a_command(hasten: Any) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    hasten("--version")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hasten", "--version"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode in (1, 141)
+
+
+# -- what user code prints
+
+
+def test_what_the_users_code_prints_leaves_standard_output_to_json(capfd: pytest.CaptureFixture[str]) -> None:
+    from hasten.cli.output import program_output, say_json
+
+    with program_output(True):
+        print("from Python")
+        os.system("echo from a process")
+    say_json({"a": 1})
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == {"a": 1}
+    assert "from Python" in shown.err
+    assert "from a process" in shown.err
+    with program_output(False):
+        print("as it was")
+    assert capfd.readouterr().out == "as it was\n"
+    with pytest.raises(RuntimeError), program_output(True):
+        raise RuntimeError
+    print("after a failure")
+    assert capfd.readouterr().out == "after a failure\n"

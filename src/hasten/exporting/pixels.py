@@ -22,9 +22,10 @@ WRONG_PIXELS = "pixels must be uint8, or floating point in [0, 1]"
 class Pixels(nn.Module):
     """Logits (N, classes), float32, of images (N, C, H, W): uint8, or floating point in [0, 1], of any height and width.
 
-    Images of another size are brought to the network's as in evaluation: the shorter side to a length (antialiased
-    bilinear, rounded to 8 bits after each direction, as Pillow does), then the centre is cut out. Those of the right
-    size pass through untouched. Floats are rounded to the 8 bits that the network was trained on.
+    Images of another size are brought to the network's as the reader of image folders does it: the shorter side to a
+    length (antialiased bilinear, rounded to 8 bits after each direction, as in Pillow), then the centre is cut out; to
+    one level in 255 they are the same. Those of the right size pass through untouched. Floats are rounded to the 8 bits
+    that the network was trained on.
 
     network: takes normalised images. preprocessing: what ``DataSet.preprocessing`` gave. precision: "float32", or the
     16-bit format in which the run was evaluated.
@@ -75,22 +76,17 @@ class Pixels(nn.Module):
         size, cover = self.size, self.cover
         # 0 for images of the right size and 1 for others, in numbers that a tracer need not look at
         other = _min(1, _apart(height, size[0]) + _apart(width, size[1]))
-        tall = _max(cover[0], _ratio(height * cover[1], width))
-        wide = _max(cover[1], _ratio(width * cover[0], height))
+        tall = _max(cover[0], height * cover[1] // width)
+        wide = _max(cover[1], width * cover[0] // height)
         tall, wide = size[0] + other * (tall - size[0]), size[1] + other * (wide - size[1])
         x = torch.floor(F.interpolate(x, (height, wide), mode="bilinear", antialias=True) + 0.5)
         x = torch.floor(F.interpolate(x, (tall, wide), mode="bilinear", antialias=True) + 0.5)
         for dim, (length, now) in enumerate(zip(size, (tall, wide), strict=True), start=2):
-            x = x.index_select(dim, torch.arange(length, device=x.device) + (now - length) // 2)
+            half = (now - length) // 2
+            first = half + (now - length) % 2 * (half % 2)  # half of it, and where that is .5 the even one
+            x = x.index_select(dim, torch.arange(length, device=x.device) + first)
         return x
 
 
 def _apart(a: Any, b: int) -> Any:
     return _max(a - b, b - a)
-
-
-def _ratio(a: Any, b: Any) -> Any:
-    """Return a / b rounded to the nearest whole number, to the even one where two are near, as Python does."""
-    nearest = (2 * a + b) // (2 * b)
-    rest = 2 * a + b - nearest * 2 * b
-    return nearest - (1 - _min(1, rest)) * (nearest % 2)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.data.folder import _attempt as read_image
+from hasten.data.image_file import decode, quiet
 from hasten.errors import DataError, UnsupportedError
 
 
@@ -38,9 +38,11 @@ def read_one(file: Path, known: dict[str, Any]) -> NDArray[np.uint8] | str:
             f"this network takes {channels} channels, and image files have 1 or 3; give pixels in Python: "
             f"hasten.load(run).predict(images)."
         )
-    pixels = read_image(file, None if resize is None else known["size"][0])
-    if isinstance(pixels, str):
-        return pixels
+    try:
+        with quiet():
+            pixels = decode(file, None if resize is None else known["size"][0])
+    except DataError as error:
+        return str(error)
     if min(pixels.shape[:2]) < 2:
         return f"{pixels.shape[1]}x{pixels.shape[0]} pixels are too few; each side needs 2"
     if channels == 1:  # the weights of ITU-R 601, in Pillow's arithmetic
