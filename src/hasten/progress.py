@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TextIO
 
@@ -40,23 +41,41 @@ class Messages(Progress):
 
 
 class Lines(Messages):
-    """A plain line for each evaluation and message, and at most every ``interval`` seconds, for logs and pipes."""
+    """A plain line for each evaluation and message, and at most every ``interval`` seconds, for logs and pipes.
 
-    def __init__(self, out: TextIO | None = None, interval: float = 10.0) -> None:
+    With ``beat`` a line also comes after ``interval`` seconds in which nothing else has, such as while data is read; a
+    thread sees to that until ``close``.
+    """
+
+    def __init__(self, out: TextIO | None = None, interval: float = 10.0, *, beat: bool = False) -> None:
         super().__init__(out)
-        self._interval = interval
-        self._last = time.monotonic()
+        self._interval, self._at = interval, "setting up"
+        self._last = self._began = time.monotonic()
+        self._ended = threading.Event()
+        if beat:
+            threading.Thread(target=self._beat, daemon=True, name="hasten progress").start()
 
     def step(self, step: int, total: int, loss: float) -> None:
+        self._at = f"step {step}/{total}  loss {loss:.3f}"
         if time.monotonic() - self._last >= self._interval:
-            self.message(f"step {step}/{total}  loss {loss:.3f}")
+            self.message(self._at)
 
     def evaluation(self, step: int, total: int, accuracy: float) -> None:
-        self.message(f"step {step}/{total}  accuracy {100 * accuracy:.2f}%")
+        self._at = f"step {step}/{total}  accuracy {100 * accuracy:.2f}%"
+        self.message(self._at)
 
     def message(self, text: str) -> None:
         self._last = time.monotonic()
         super().message(text)
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(max(0.01, self._last + self._interval - time.monotonic())):
+            now = time.monotonic()
+            if now - self._last >= self._interval:
+                self.message(f"{self._at}  ({now - self._began:.0f} s)")
 
 
 class Bar(Progress):
@@ -121,4 +140,4 @@ def for_terminal() -> Progress:
     from rich.console import Console
 
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal or console.is_jupyter else Lines()
+    return Bar(console) if console.is_terminal or console.is_jupyter else Lines(beat=True)
