@@ -89,7 +89,7 @@ def test_everything_odd_is_named(check: Any, tmp_path: Path) -> None:
     picture(tmp_path / "d/train/.ipynb_checkpoints/0.png")
     (tmp_path / "d/train/cat/x.heic").write_bytes(b"x")
     (tmp_path / "d/train/cat/notes.txt").write_text("x")
-    (tmp_path / "d/val/dog/0.png").write_bytes((tmp_path / "d/val/dog/0.png").read_bytes()[:60])
+    (tmp_path / "d/val/dog/0.png").write_bytes((tmp_path / "d/val/dog/0.png").read_bytes()[:45])
     shown = check("d")
     assert shown.code == 1
     for words in (
@@ -137,3 +137,11 @@ def test_npz_and_named_sets(check: Any, tmp_path: Path) -> None:
     assert check("fashion-mnist-12k").code == 0
     missing = check("nowhere/at-all")
     assert (missing.code, "there is no file or folder" in missing.err) == (2, True)
+
+
+def test_a_long_check_says_how_far_it_is(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "d")
+    monkeypatch.setattr("hasten.cli.data.EVERY", 0.0)
+    shown = check("d", "--json")
+    assert shown.err.splitlines()[-1] == "12 of 12 images read"
+    assert json.loads(shown.out)["ok"]

@@ -126,11 +126,11 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         load(tmp_path)
     folder(tmp_path)
     (tmp_path / "val" / "new").mkdir()
-    with pytest.raises(DataError, match="classes that the training images have not: new"):
+    with pytest.raises(DataError, match="val/new: a class that the training images have not"):
         load(tmp_path)
     (tmp_path / "val" / "new").rmdir()
     (tmp_path / "train" / "zero").mkdir()
-    with pytest.raises(DataError, match="no images for zero"):
+    with pytest.raises(DataError, match="train/zero: no images in this class: fill or remove"):
         load(tmp_path)
     (tmp_path / "train" / "zero").rmdir()
     (tmp_path / "train" / "a" / "scan.tga").write_bytes(b"II")
@@ -355,17 +355,17 @@ def test_folders_of_other_shapes_say_how_to_arrange(tmp_path: Path) -> None:
     refused(tmp_path / "f", r"f/val is a file, where a folder of class folders is expected")
     two_classes(tmp_path / "g", ("val",))
     (tmp_path / "g/train").mkdir()
-    with pytest.raises(DataError, match="g/train has no images in class folders"):
+    with pytest.raises(DataError, match="g/train: no images in class folders"):
         load(tmp_path / "g")
     assert not check_folder(tmp_path / "g").ok
     two_classes(tmp_path / "h", ("train",))
     (tmp_path / "h/val").mkdir()
-    with pytest.raises(DataError, match="h/val has no images in class folders"):
+    with pytest.raises(DataError, match="h/val: no images in class folders"):
         load(tmp_path / "h")
     assert not check_folder(tmp_path / "h").ok
     two_classes(tmp_path / "i")
     image(tmp_path / "i/val/owl/0.png")
-    with pytest.raises(DataError, match="have not: owl"):
+    with pytest.raises(DataError, match="val/owl: a class that the training images have not"):
         load(tmp_path / "i")
     assert [reason for _, reason in check_folder(tmp_path / "i").bad] == [
         "a class that the training images have not"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hasten.cli.output import say, say_json
+from hasten.cli.output import note, say, say_json
+
+# Seconds between two lines on a long check.
+EVERY = 5.0
 
 
 def listing(json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
@@ -40,7 +44,15 @@ def check(
     from hasten.data.folder_report import class_table
 
     if root is None and data not in available() and Path(data).expanduser().is_dir():
-        report = check_folder(Path(data).expanduser(), size)
+        last = time.monotonic()
+
+        def told(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                note(f"{done:,} of {total:,} images read")
+
+        report = check_folder(Path(data).expanduser(), size, told=told)
         if json:
             say_json(report.as_json())
         else:
@@ -54,7 +66,7 @@ def check(
                   "notes": found.notes})  # fmt: skip
         return
     say(f"{found.name}: {found.train_count:,} train / {found.test_count:,} test, shape {found.shape}")
-    for line in [*class_table(found.classes, counts), *(f"  note: {note}" for note in found.notes)]:
+    for line in [*class_table(found.classes, counts), *(f"  note: {line}" for line in found.notes)]:
         say(line)
 
 

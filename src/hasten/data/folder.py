@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from hasten.data.memory import check_memory
 from hasten.errors import DataError
 
 T = TypeVar("T")
+_PART = 16
 
 
 def load_folder(path: Path, size: int | None = None) -> DataSet:
@@ -35,16 +37,13 @@ def load_folder(path: Path, size: int | None = None) -> DataSet:
     check_size(size)
     pillow()
     found = layout(path)
-    problems = [(file, reason) for part in found.parts().values() for file, reason in part.bad]
-    if problems:
-        raise refuse(path, problems)
-    classes = found.train.classes
-    _check_classes(found)
     parts = found.parts()
+    if bad := unusable(found):
+        raise refuse(path, bad)
+    classes = found.train.classes
     shape = _first_shape(found.train.files, size)
     count = sum(len(part.files) for part in parts.values())
     check_memory(count * math.prod(shape), f"{count:,} images of {shape[0]}x{shape[1]} (give a smaller size)")
-    bad: Named = []
     pixels = {role: _decoded(part, shape, size, bad) for role, part in parts.items()}
     if bad:
         raise refuse(path, bad)
@@ -71,15 +70,25 @@ def check_size(size: int | None) -> None:
 def in_parallel(work: Callable[[Path], T], files: Sequence[Path]) -> Iterator[T | str]:
     """Yield ``work(file)`` of each file in order, from a thread for each core; of a DataError the text."""
 
-    def attempt(file: Path) -> T | str:
-        try:
-            return work(file)
-        except DataError as error:
-            return str(error)
+    def attempts(part: Sequence[Path]) -> list[T | str]:
+        return [_attempt(work, file) for file in part]
 
-    with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(files), 1024):  # Small parts, so that few decoded images wait at any time.
-            yield from pool.map(attempt, files[start : start + 1024])
+    cores = os.cpu_count() or 1
+    waiting: deque[Future[list[T | str]]] = deque()
+    with quiet(), ThreadPoolExecutor(cores) as pool:
+        for start in range(0, len(files), _PART):
+            waiting.append(pool.submit(attempts, files[start : start + _PART]))
+            if len(waiting) > 2 * cores:  # So that few decoded images wait at any time.
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _attempt(work: Callable[[Path], T], file: Path) -> T | str:
+    try:
+        return work(file)
+    except DataError as error:
+        return str(error)
 
 
 def remarks(found: Layout) -> list[str]:
@@ -102,32 +111,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(distinct[:5]) + (", ..." if len(distinct) > 5 else "")
 
 
-def misfits(found: Layout) -> Named:
-    """Return the class folders that cannot be used, with the reason."""
-    bad = [(found.train.folder / name, "no images in this class: fill or remove the folder")
-           for name, count in found.train.counts().items() if count == 0]  # fmt: skip
+def unusable(found: Layout) -> Named:
+    """Return the files and class folders that cannot be used, with the reason, as far as their names tell."""
+    bad = [entry for part in found.parts().values() for entry in part.bad]
+    bad += [(found.train.folder / name, "no images in this class: fill or remove the folder")
+            for name, count in found.train.counts().items() if count == 0]  # fmt: skip
     for role, part in found.parts().items():
         bad += [(part.folder / name, "a class that the training images have not")
                 for name in part.classes if name not in found.train.classes]  # fmt: skip
         if not part.files:
             bad.append((part.folder, f"no images in class folders: the {role} part is empty"))
     return bad
-
-
-def _check_classes(found: Layout) -> None:
-    if not found.train.files:
-        raise DataError(f"{shown(found.train.folder)} has no images in class folders.")
-    for part in found.parts().values():
-        if outside := [name for name in part.classes if name not in found.train.classes]:
-            raise DataError(
-                f"{shown(part.folder)} has classes that the training images have not: {', '.join(outside)}."
-            )
-        if not part.files:
-            raise DataError(f"{shown(part.folder)} has no images in class folders.")
-    if empty := [name for name, count in found.train.counts().items() if count == 0]:
-        raise DataError(
-            f"{shown(found.train.folder)} has no images for {', '.join(empty)}: fill or remove these folders."
-        )
 
 
 def _first_shape(files: Sequence[Path], size: int | None) -> tuple[int, int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hasten.data.folder import check_size, in_parallel, misfits, remarks
+from hasten.data.folder import check_size, in_parallel, remarks, unusable
 from hasten.data.folder_layout import layout
 from hasten.data.folder_scan import shown
 from hasten.data.held import HELD
@@ -108,9 +109,12 @@ def _first(lines: Any) -> list[str]:
     return every[:10] + ([f"  and {len(every) - 10} more of these"] if len(every) > 10 else [])
 
 
-def check_folder(path: str | Path, size: int | None = None) -> FolderReport:
+def check_folder(
+    path: str | Path, size: int | None = None, *, told: Callable[[int, int], None] = lambda done, total: None
+) -> FolderReport:
     """Decode every image below ``path`` and report counts, sizes and everything that cannot be used or is not read.
 
+    told: called with (images done, images in all) after each.
     Raises DataError where the folder is not arranged as one (see ``layout``).
     """
     path = Path(path)
@@ -118,7 +122,8 @@ def check_folder(path: str | Path, size: int | None = None) -> FolderReport:
     pillow()
     found = layout(path)
     parts = found.parts()
-    bad = [*misfits(found), *(entry for part in parts.values() for entry in part.bad)]
+    bad = unusable(found)
+    total, done = sum(len(part.files) for part in parts.values()), 0
     sizes: Counter[tuple[int, int]] = Counter()
     turned = 0
     for part in parts.values():
@@ -128,6 +133,8 @@ def check_folder(path: str | Path, size: int | None = None) -> FolderReport:
             else:
                 sizes[result[0]] += 1
                 turned += result[1]
+            done += 1
+            told(done, total)
     notes = remarks(found)
     if found.test is None:
         notes.append(f"there is no test part: {HELD:.0%} of each class will be held out as one")
