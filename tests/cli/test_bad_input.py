@@ -112,7 +112,7 @@ def test_checkpoints_of_another_recipe_edited_or_cut_short(hasten: Any, data: Pa
         "another folder",
     )
     write_npz(data, train=140)
-    refused(hasten(*command), "content: checkpoint", "samples: checkpoint 133, given 140")
+    refused(hasten(*command), "content.train: checkpoint", "counts.train: checkpoint 133, given 140")
     write_npz(data)
     newest = tmp_path / "run/checkpoints/step-000008"
     recipe = newest / "recipe.json"
