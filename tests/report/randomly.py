@@ -77,7 +77,7 @@ def reports(draw: st.DrawFn) -> ReportData:
             if arm[key] and arm[key]["verdict"] == "sooner":
                 possible.append((arm["name"], kinds[kind], arm[key]))
     data["aa"] = draw(st.sampled_from([data["aa"], None, {**data["aa"], "lo": 1.001, "ok": False}]))
-    allowed = possible if data["aa"] is None or data["aa"]["ok"] else []
+    allowed = possible if data["aa"] and data["aa"]["ok"] else []
     claim = draw(st.sampled_from([None, *allowed]))
     data["verdict"] = {
         "sentence": "A sentence.",

@@ -94,6 +94,7 @@ def test_numbers_are_finite(number: float) -> None:
         (("verdict", "against"), "all", "itself"),
         (("arms", 5, "vs_strong"), None, "own row"),
         (("aa", "ok"), False, "A/A"),
+        (("aa",), None, "A/A"),
         (("aa", "lo"), 1.001, "does not hold 1"),
         (("target", "accuracy"), 90.0, "fraction"),
         (("arms", 1, "name"), "plain", "differ"),

@@ -192,7 +192,7 @@ def test_every_term_of_the_answer_is_explained_where_it_stands() -> None:
         "note": "",
     }
     page = render(data)
-    for term in ("target 90.0%", "sooner", "interval", "too wide to say", "not reached", "already at the smallest budget",
+    for term in ("target 90%", "sooner", "interval", "too wide to say", "not reached", "already at the smallest budget",
                  "full budget", "no loss", "block", "A/A test"):  # fmt: skip
         assert f"<summary>{term}</summary>" in page, term
     assert "0.3 points" in page

@@ -28,7 +28,7 @@ def test_the_first_line_is_the_answer_and_every_arm_has_its_row() -> None:
     assert _row(lines, "all of them").endswith("  sooner")
     assert _row(lines, "+ selective").endswith("  not shown")
     assert "  not reached  " in _row(lines, "+ layer freezing")
-    assert "+ layer freezing: its curve ends at 88" in "\n".join(lines)
+    assert "+ layer freezing: not reached, its curve ends at 88" in "\n".join(lines)
     assert "hold the true value in 95 of 100" in " ".join(lines)
 
 

@@ -22,7 +22,7 @@ from hasten.report.svg import (
     time_ticks,
 )
 from hasten.report.trace import Trace, traces
-from hasten.report.words import percent, seconds, visible
+from hasten.report.words import goal, percent, seconds, visible
 
 LOG_FROM = 2.5
 """Times whose largest is this many times the smallest are drawn on a logarithmic axis."""
@@ -84,7 +84,7 @@ def curves(data: ReportData, shape: str) -> Markup:
 def _plot(data: ReportData, drawn: list[Trace], shape: str, shown: Gap | None) -> Plot:
     wide = shape == "wide"
     width, tall, size = (940.0, 360.0, 13.0) if wide else (360.0, 300.0, 11.5)
-    left, side = (52.0, 158.0) if wide else (40.0, 96.0)
+    left, side = (52.0, 158.0) if wide else (40.0, 101.0)
     tall = max(tall, len(drawn) * (34.0 if wide else 30.0))
     times = [x for trace in drawn for x, _ in trace.line] + [x for trace in drawn for _, x, _ in trace.points]
     low_x, high_x = min(times), max(times)
@@ -139,7 +139,7 @@ def _short(value: float) -> str:
 def _target(data: ReportData, plot: Plot, drawn: list[Trace]) -> list[Markup]:
     """Return the line of the target and its label, put where it covers the least of the curves."""
     target = data["target"]["accuracy"]
-    y, words = plot.up(target), f"target {percent(target, 1)}"
+    y, words = plot.up(target), f"target {goal(target)}"
     wide = text_width(words, plot.size)
     pixels = [(plot.across(x), plot.up(a)) for trace in drawn for x, a in trace.line]
     places = [(x, below) for below in (False, True) for x in (plot.left + 4, plot.right - wide - 4)]
@@ -204,7 +204,10 @@ def _said(trace: Trace, point: Point, time: float) -> str:
 def _names(plot: Plot, drawn: list[Trace], colours: dict[str, str]) -> list[Markup]:
     """Return each arm's name beside the plot, at the height where its curve ends, with a line from there."""
     pitch, room, most = plot.size + 2.5, plot.width - plot.right - 24, 2 if plot.wide else 3
-    texts = [lines_of(visible(trace.arm["label"]), room, plot.size, most) for trace in drawn]
+    below = [plot.up(trace.line[-1][1]) > plot.floor for trace in drawn]
+    names = [visible(trace.arm["label"]).removeprefix("+ ") for trace in drawn]
+    labels = [f"↓ {name}" if low else name for name, low in zip(names, below, strict=True)]
+    texts = [lines_of(label, room, plot.size, most) for label in labels]
     ends = [
         (plot.across(trace.line[-1][0]), min(plot.up(trace.line[-1][1]), plot.floor - 4)) for trace in drawn
     ]

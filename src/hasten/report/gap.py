@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.report.outcome import WORDS, versus_answer
+from hasten.report.outcome import WORDS, deciding, reference, versus_answer
 from hasten.report.schema import Arm, ReportData, Versus
 from hasten.report.words import bracket, ratio_digits, times, visible
 
@@ -44,13 +44,10 @@ def gap(data: ReportData) -> Gap | None:
 
 def _measured(data: ReportData, arm: Arm) -> list[tuple[Versus, Arm]]:
     """Return the ratio by which an arm is judged with its baseline, if it was measured and both times are known."""
-    for key, kind in (("vs_strong", "strong"), ("vs_plain", "baseline")):
-        versus: Versus | None = arm[key]  # type: ignore[literal-required]
-        base = next((other for other in data["arms"] if other["kind"] == kind), None)
-        if versus is not None and base is not None and arm["kind"] != "baseline":
-            known = versus["ratio"] is not None and None not in (
-                arm["time"]["seconds"],
-                base["time"]["seconds"],
-            )
-            return [(versus, base)] if known else []
-    return []
+    versus = deciding(arm)
+    base = reference(data, "strong" if arm["vs_strong"] is not None else "baseline")
+    if versus is None or base is None or versus["ratio"] is None:
+        return []
+    return (
+        [(versus, base)] if arm["time"]["seconds"] is not None and base["time"]["seconds"] is not None else []
+    )

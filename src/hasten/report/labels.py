@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,14 +13,14 @@ from hasten.report.words import shortened
 
 
 def lines_of(text: str, room: float, size: float, most: int = 2) -> list[str]:
-    """Return ``text``, without a leading "+ ", in at most ``most`` lines no wider than ``room``, cut where it must be."""
+    """Return ``text`` in at most ``most`` lines no wider than ``room``, broken at spaces and after underscores."""
     lines: list[str] = []
-    for word in text.removeprefix("+ ").split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and (text_width(longer, size) <= room or len(lines) == most):
-            lines[-1] = longer
-        else:
+    for word in re.findall(r"[^\s_]*_+|[^\s_]+|\s+", text):
+        if lines and (text_width((lines[-1] + word).rstrip(), size) <= room or len(lines) == most):
+            lines[-1] += word
+        elif word.strip():
             lines.append(word)
+    lines = [line.rstrip() for line in lines]
     fit = [
         line if text_width(line, size) <= room else shortened(line, max(int(room / size / 0.58), 3))
         for line in lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.report.schema import Arm, TimeTo, Versus
+from hasten.report.schema import Arm, ReportData, TimeTo, Versus
 from hasten.report.words import (
     DASH,
     bare_seconds,
@@ -26,6 +26,9 @@ WORDS = {
     "not measured": "not measured",
 }
 """What each outcome is called."""
+
+ALREADY = "already at the smallest budget"
+"""What a time is called that lies before the first point of its curve."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def time_answer(time: TimeTo, arm: Arm) -> Answer:
     if time["state"] == "below the smallest budget":
         least = next((p["seconds"] for p in arm["points"] if p["seconds"] is not None), None)
         value = "before the first point" if least is None else f"before {seconds(least)}"
-        return Answer(value, "", "already at the smallest budget", note)
+        return Answer(value, "", ALREADY, note)
     return Answer(DASH, "", time["state"], note)
 
 
@@ -64,7 +67,8 @@ def versus_answer(versus: Versus | None, itself: bool = False) -> Answer:
     word, low, high = WORDS[versus["verdict"]], versus["lo"], versus["hi"]
     note = plain(versus["note"])
     if versus["ratio"] is None:
-        note = "; ".join(text for text in dict.fromkeys((plain(versus["reason"] or ""), note)) if text)
+        if versus["verdict"] != "not reached":  # of that the times beside it tell the reason
+            note = "; ".join(text for text in dict.fromkeys((plain(versus["reason"] or ""), note)) if text)
         if versus["verdict"] == "sooner" and low is not None:  # the baseline never gets there
             return Answer(f"at least {times(low, ratio_digits(low, None))}", "", word, note)
         return Answer(DASH, "", word, note)
@@ -75,6 +79,15 @@ def versus_answer(versus: Versus | None, itself: bool = False) -> Answer:
 def deciding(arm: Arm) -> Versus | None:
     """Return the ratio an arm is judged by: against the strong baseline, else against the plain one."""
     return arm["vs_strong"] or arm["vs_plain"] if arm["kind"] != "baseline" else None
+
+
+def reference(data: ReportData, kind: str) -> Arm | None:
+    """Return the arm that ratios against plain ("baseline") or "strong" are measured against, if it ran.
+
+    There may be other arms of that kind, such as strong without one of its parts; those have a ratio of their own.
+    """
+    key = {"baseline": "vs_plain", "strong": "vs_strong"}[kind]
+    return next((arm for arm in data["arms"] if arm["kind"] == kind and arm[key] is None), None)  # type: ignore[literal-required]
 
 
 def tone(word: str) -> str:

@@ -391,14 +391,17 @@ def _meaning(data: ReportData) -> list[str]:
     if verdict["claim"] is not None:
         where = "report.verdict.claim"
         need(verdict["against"] is not None, where, "needs the arm it is sooner than, in against")
-        need(aa is None or aa["ok"], where, "no claim where the A/A test fails")
+        need(aa is not None and aa["ok"], where, "no claim without an A/A test that held")
         low = ci[0] if ci else None
         need(low is not None and low > 1, where, f"needs an interval above 1, not {ci}")
         rows = {arm["name"]: arm for arm in data["arms"]}
         own, other = rows.get(verdict["claim"]), rows.get(verdict["against"] or "")
         need(own is None or own is not other, where, "an arm cannot be sooner than itself")
-        if own is not None and other is not None and other["kind"] in ("baseline", "strong"):
-            row = own["vs_plain"] if other["kind"] == "baseline" else own["vs_strong"]
+        field = {"baseline": "vs_plain", "strong": "vs_strong"}.get(
+            other["kind"] if other is not None else ""
+        )
+        if own is not None and field is not None and cast(dict[str, Any], other)[field] is None:
+            row = cast(dict[str, Versus | None], own)[field]
             said = row is not None and row["verdict"] == "sooner"
             need(said, where, "its own row does not say 'sooner'")
             need(row is None or row["ratio"] == verdict["ratio"], where, "its own row has another ratio")

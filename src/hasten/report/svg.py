@@ -60,11 +60,11 @@ def series(arms: list[Arm]) -> dict[str, str]:
     fixed = {"baseline": "s-plain", "strong": "s-strong"}
     classes, used = {}, 0
     for arm in arms:
-        if arm["kind"] in fixed:
-            classes[arm["name"]] = fixed[arm["kind"]]
-        else:
-            classes[arm["name"]] = f"s{used % PALETTE}" + (" again" if used >= PALETTE else "")
+        colour = fixed.pop(arm["kind"], None)
+        if colour is None:
+            colour = f"s{used % PALETTE}" + (" again" if used >= PALETTE else "")
             used += 1
+        classes[arm["name"]] = colour
     return classes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hasten.report.schema import ReportData
-from hasten.report.words import percent, plain
+from hasten.report.words import goal, plain
 
 _TERMS = {
     "curve": "Each mark is an arm trained for one budget, its whole learning-rate schedule fitted into it; faint dots are the single seeds. The curve joins the means without ever falling, and is never drawn beyond the budgets that were run.",
@@ -31,7 +31,7 @@ def terms(data: ReportData, words: set[str]) -> dict[str, list[tuple[str, str]]]
     target = data["target"]
     rule, chosen = (plain(text).strip().rstrip(".") for text in (target["rule"], target["chosen"]))
     text = " ".join(f"{part[:1].upper()}{part[1:]}." for part in (chosen, rule) if part)
-    picture = [(f"target {percent(target['accuracy'])}", f"The accuracy to get to. {text}".strip())]
+    picture = [(f"target {goal(target['accuracy'])}", f"The accuracy to get to. {text}".strip())]
     picture += [(name, _TERMS[name]) for name in _PICTURE]
     names = ("interval", *(name for name in _OUTCOMES if name in words), "full budget", "plain and strong")
     table = [(name, _TERMS[name]) for name in names]

@@ -12,7 +12,7 @@ from hasten.report.rows import RUNS_SHOWN, arm_row, run_rows, time_rows, tones, 
 from hasten.report.schema import Arm, ReportData
 from hasten.report.svg import series
 from hasten.report.terms import terms
-from hasten.report.words import DASH, block, count, percent, plain, points, scalar, seconds, visible
+from hasten.report.words import DASH, block, count, goal, plain, points, scalar, seconds, visible
 
 _TEXT_SHOWN = 20_000
 _FAILURES_IN_FULL = 4
@@ -29,7 +29,7 @@ def view(data: ReportData) -> dict[str, Any]:
         "created": visible(data["created"]).replace("T", " ").replace("Z", " UTC").replace("+00:00", " UTC"),
         "workload": _workload(data),
         "sentence": visible(data["verdict"]["sentence"]),
-        "target": percent(data["target"]["accuracy"]),
+        "target": goal(data["target"]["accuracy"]),
         "has_strong": any(arm["kind"] == "strong" for arm in arms),
         "has_plain": any(arm["kind"] == "baseline" for arm in arms),
         "arms": [{**row, "tones": tones(row)} for row in rows],

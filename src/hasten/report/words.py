@@ -86,6 +86,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{100 * value:.{digits}f}%"
 
 
+def goal(value: float) -> str:
+    """Return a target as 90%, 90.5% or 90.58%: as it was set, to a hundredth of a point."""
+    return f"{round(100 * value, 2):g}%"
+
+
 def points(value: float, digits: int = 2) -> str:
     """Return a difference of fractions in percentage points, signed, with a true minus."""
     return f"{100 * value:+.{digits}f}".replace("-", "−")
