@@ -42,7 +42,7 @@ def test_hold_out_cuts_a_stratified_part_from_training_and_keeps_the_test_part()
     with pytest.raises(DataError, match=r"between 0 and 1, got 1\.0"):
         data.hold_out(1.0)
     few = replace(data, train=Images(pixels(5, 6, 5, 3), np.array([0, 0, 1, 2, 3]), tuple("abcd")))
-    with pytest.raises(DataError, match="'b', 'c', 'd' has one training image"):
+    with pytest.raises(DataError, match="one training image of class 'b', 'c', 'd' is too few"):
         few.hold_out()
 
 

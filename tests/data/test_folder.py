@@ -329,7 +329,7 @@ def test_without_a_test_part_a_stratified_tenth_is_held_out(tmp_path: Path, insi
     assert report.ok
     assert "10% of each class will be held out" in str(report)
     image(tmp_path / "photos" / inside / "fox" / "0.png")
-    with pytest.raises(DataError, match="'fox' has one training image"):
+    with pytest.raises(DataError, match="one training image of class 'fox' is too few"):
         load(tmp_path / "photos")
 
 

@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "flat": ((X.reshape(60, -1), Y), r"must have shape \(N, H, W\).*got \(60, 144\)"),
     "empty": ((X[:0], Y[:0]), r"got \(0, 8, 6, 3\)|must have shape"),
     "shapes differ": (((X, Y), (X[:, :4], Y)), "must be alike"),
-    "one a class": ((X[:4], Y[:4]), "has one training image"),
+    "one a class": ((X[:4], Y[:4]), "one training image of class '0', '1', '2', '3' is too few"),
     "bare DataLoader": (DataLoader(T, 8), r"no test part: give \(train_loader, test_loader\)"),
     "DataLoader and number": ((DataLoader(T, 8), 5), "beside a DataLoader stands a int"),
     "Dataset and number": ((T, 5), "tuple of 2 .TensorDataset, int"),

@@ -86,18 +86,15 @@ def test_stratified_says_which_class_is_too_small() -> None:
         images.stratified(11)
 
 
-def test_validation_is_cut_from_train_alone_and_nothing_is_lost() -> None:
-    train, test = random_images(500, 1), random_images(60, 2)
-    split = DataSet("x", train, test, True).split_validation(0.2, seed=3)
+def test_a_cut_loses_nothing_and_keeps_the_shares() -> None:
+    images = random_images(500, 1)
+    rest, part = images.cut(0.2, seed=3)
 
     def key(images: Images) -> list[bytes]:
         return sorted(row.tobytes() for row in images.pixels)
 
-    assert sorted(key(split.train) + key(split.test)) == key(train)
-    assert not set(key(split.test)) & set(key(test))
-    whole, held = np.bincount(train.labels), np.bincount(split.test.labels)
-    assert np.abs(held - 0.2 * whole).max() <= 0.5
-    assert split.name != "x"
+    assert sorted(key(rest) + key(part)) == key(images)
+    assert np.abs(np.bincount(part.labels) - 0.2 * np.bincount(images.labels)).max() <= 0.5
 
 
 def test_data_set_refuses_what_does_not_fit() -> None:

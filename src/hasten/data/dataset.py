@@ -133,14 +133,6 @@ class DataSet:
         train, validation = self.train.cut(fraction, seed)
         return replace(self, train=train, validation=validation)
 
-    def split_validation(self, fraction: float = 0.1, seed: int = 0) -> DataSet:
-        """Return a set for tuning: ``hold_out``'s validation images become the test images; the true test is gone.
-
-        The name says that it is a split.
-        """
-        train, held = self.train.cut(fraction, seed)
-        return replace(self, name=f"{self.name}:validation", train=train, test=held, validation=None)
-
     def identity(self) -> dict[str, Any]:
         """Return, for JSON, what makes this set the same data: counts, shape, classes, digests of all content."""
         parts = {"train": self.train} | self._others()

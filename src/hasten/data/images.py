@@ -148,10 +148,10 @@ def held_out(
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to hold out must lie between 0 and 1, got {fraction}.")
     sizes = np.bincount(labels, minlength=len(classes))
-    if single := [classes[label] for label in np.flatnonzero(sizes == 1)]:
+    if single := [repr(classes[label]) for label in np.flatnonzero(sizes == 1)]:
         raise DataError(
-            f"class {', '.join(map(repr, single[:5]))} has one training image, so it cannot be in both parts: add "
-            "images, or give a test part of your own."
+            f"one training image of class {', '.join(single[:5])}{', ...' if len(single) > 5 else ''} is too few to be "
+            "in two parts: add images, or give a test part of your own."
         )
     counts = np.clip(
         np.rint(sizes * fraction).astype(np.int64), np.minimum(sizes, 1), np.maximum(sizes - 1, 0)
