@@ -82,6 +82,22 @@ def test_evaluate_matches_classes_by_name(run: tuple[Path, Result], hasten: Any,
     assert "does not know" in grey.err
 
 
+def test_data_without_a_test_part_count_whole_unless_they_trained_the_network(
+    run: tuple[Path, Result], hasten: Any, tmp_path: Path
+) -> None:
+    folder, _ = run
+    new = write_photos(tmp_path / "new", {"all": 44}) / "all"
+    told = hasten("evaluate", folder / "run", new, "--trust-code", "--json").json()
+    assert told["count"] == 44
+    seen = write_photos(tmp_path / "seen", {"all": 160}) / "all"
+    result = library.fit(
+        "resnet8", as_data(seen, size=SIZE), recipe=RECIPE.with_(epochs=1), out=tmp_path / "run", device="cpu"
+    )
+    told = hasten("evaluate", "run", seen, "--json").json()
+    assert told["count"] == 16
+    assert told["accuracy"] == result.accuracy
+
+
 def test_predict_tells_class_and_chances_as_evaluate_counts_them(
     run: tuple[Path, Result], hasten: Any
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hasten.cli.config import settings_from
-from hasten.cli.output import say, say_json
+from hasten.cli.output import program_output, say, say_json, starting
 
 
 def check(
@@ -18,14 +18,15 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Check that a method keeps the contract: it acts, resumes bit for bit, exports plain, and more."""
-    from hasten import registry
-    from hasten.conformance import check_pair, run_checks, subject
+    starting(f"Checking {name}")
+    with program_output(json):
+        from hasten import registry
+        from hasten.conformance import check_pair, run_checks, subject
 
-    chosen = settings_from(settings, name) if settings else None
-    report = run_checks(name, chosen)
-    outcomes = {}
-    if pairs:
-        for other in registry.available():
+        chosen = settings_from(settings, name) if settings else None
+        report = run_checks(name, chosen)
+        outcomes = {}
+        for other in registry.available() if pairs else ():
             if other != name:
                 try:
                     outcomes[other] = check_pair(subject(name, chosen), subject(other))

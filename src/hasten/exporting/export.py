@@ -90,8 +90,14 @@ def _notes(source: StoredRun | Trained, suffix: str, raw: bool) -> Iterator[str]
             f"computes in float32; the run's accuracy was measured in {source.precision}, so that an image or two may "
             f"differ (.pt2 with pixels keeps {source.precision})"
         )
+    elif suffix == ".pt2" and any(row["settings"].get("compile") for row in _rows(source)):
+        yield "the run's accuracy was measured by a compiled network, so that an image or two may differ"
     if suffix == ".safetensors" and source.structure:
         yield "training changed the network's shape: the factory's network does not take these weights; .pt2 is whole"
+
+
+def _rows(source: StoredRun | Trained) -> list[dict[str, Any]]:
+    return source.method_rows if isinstance(source, StoredRun) else source.methods
 
 
 def trained_from(result: Result) -> Trained:

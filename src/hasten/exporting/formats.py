@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -87,7 +88,7 @@ def write_onnx(trained: Trained, labels: dict[str, Any], file: Path, *, raw: boo
 
 def traced(trained: Trained, *, raw: bool, precision: str | None = None) -> tuple[ExportedProgram, nn.Module]:
     """Return the program and the network on the CPU that it was traced from. Raises UnsupportedError."""
-    network = trained.network.cpu()
+    network = copy.deepcopy(trained.network).cpu()
     net = network if raw else Pixels(network, trained.known, precision or trained.precision).eval()
     channels, height, width = trained.shape
     batch = Dim("batch", min=1, max=2**16)

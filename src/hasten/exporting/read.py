@@ -45,11 +45,13 @@ def read_one(file: Path, known: dict[str, Any]) -> NDArray[np.uint8] | str:
         return str(error)
     if min(pixels.shape[:2]) < 2:
         return f"{pixels.shape[1]}x{pixels.shape[0]} pixels are too few; each side needs 2"
-    if channels == 1:  # the weights of ITU-R 601, in Pillow's arithmetic
-        pixels = ((pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16)[
-            ..., None
-        ]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.uint8)
+    return np.ascontiguousarray((pixels if channels == 3 else _grey(pixels)).transpose(2, 0, 1))
+
+
+def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return (H, W, 1), by the weights of ITU-R 601 in Pillow's arithmetic; grey images stay as they are."""
+    weighed = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+    return ((weighed + 0x8000) >> 16)[..., None].astype(np.uint8)
 
 
 def read_images(files: list[Path], known: dict[str, Any]) -> Tensor:

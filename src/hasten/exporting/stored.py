@@ -50,6 +50,7 @@ class StoredRun:
             self.accuracy: float | None = state["accuracy"] if "accuracy" in state else curve[-1][2]
             self.model: dict[str, Any] = identity["model"]
             self.recipe: dict[str, Any] = identity["recipe"]
+            self.data: dict[str, Any] = identity["data"] if isinstance(identity["data"], dict) else {}
             self.method_rows: list[dict[str, Any]] = identity["methods"]
             self.methods: list[Method] = [method_from_json(row) for row in self.method_rows]
             self.structure: list[Any] = state.get("structure", [])
@@ -118,7 +119,7 @@ class StoredRun:
             ema.copy_to(session.model)
         return Trained(
             session.export().to(device), (channels, height, width), self.preprocessing, self.accuracy,
-            self._precision(session), self.model, self.method_rows, self.recipe, self.structure, device,
+            self._precision(session), self.model, self.method_rows, self.recipe, self.structure, self.data, device,
         )  # fmt: skip
 
     @property

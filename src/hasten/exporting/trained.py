@@ -35,7 +35,8 @@ class Trained:
     network: plain PyTorch modules in eval mode, for normalised images; averaged weights are in it where the recipe
     averages. preprocessing: classes, size, mean, std and so on (``DataSet.preprocessing``), or None in runs of older
     versions. shape: (C, H, W) of its input. accuracy: on the test images, in [0, 1], or None. precision: the number
-    format that was evaluated. model, methods, recipe, structure: what was trained, how, and what changed its shape.
+    format that was evaluated. model, methods, recipe, structure, data: what was trained, how, what changed its shape, and
+    what identifies the data.
     """
 
     network: nn.Module
@@ -47,6 +48,7 @@ class Trained:
     methods: list[dict[str, Any]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     structure: list[Any] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
 
     @property
