@@ -15,7 +15,9 @@ from hasten.cli import main
 from .pages import PAGES, ROOT, blocks, name, photos
 
 STAND_INS = {"NAME": "mixed_precision", "RUN": "runs/photos", "FOLDER": "photos", "DATA": "photos", "IMAGE...": "photos/val/cat/0.png"}  # fmt: skip
-ClickException: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+ClickException: type[Exception] = next(
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+)
 
 
 @pytest.fixture(scope="module")
