@@ -28,9 +28,7 @@ def without_claim(sentence: str) -> Verdict:
     return {"sentence": sentence, "claim": None, "against": None, "ratio": None, "ci": None, "best_of": 0}
 
 
-def verdict(
-    rows: Sequence[Arm], goal: float, aa: Noise | None, corrected: Mapping[str, Span], seeds: int
-) -> Verdict:
+def verdict(rows: Sequence[Arm], goal: float, corrected: Mapping[str, Span], seeds: int) -> Verdict:
     """Return the headline.
 
     corrected: each method's and stack's ratio to the strong baseline, with the interval corrected for their number. An
@@ -42,8 +40,6 @@ def verdict(
     tried = [row for row in rows if row["kind"] in ("method", "stack")]
     if seeds < 2:
         return without_claim(_one_seed(rows, target))
-    if blocked := _blocked(rows, aa):
-        return without_claim(blocked)
     base = strong or plain
     sooner = [row for row in tried if row["name"] in corrected and corrected[row["name"]].low > 1]
     if sooner and base is not None:
@@ -97,7 +93,13 @@ def named(row: Arm) -> str:
     return label
 
 
-def _blocked(rows: Sequence[Arm], aa: Noise | None) -> str:
+def blocked(aa: Noise | None, quiet: bool) -> str:
+    """Return why nothing may be claimed from these times, or nothing."""
+    if not quiet:
+        return (
+            "No claim: other processes used the machine in all blocks but at most one, so there are no times to trust; "
+            "repeat the command when nothing else runs."
+        )
     if aa is None:
         return (
             "No claim: the A/A test, whole runs of one arm against themselves, has no result on a quiet machine; repeat "
@@ -107,17 +109,6 @@ def _blocked(rows: Sequence[Arm], aa: Noise | None) -> str:
         return (
             f"No claim: in the A/A test runs of the same arm differed by {aa['ratio']:.2f}x (95% interval {aa['lo']:.2f} to "
             f"{aa['hi']:.2f}), so times on this machine say nothing now; repeat the command when nothing else runs."
-        )
-    seen = [
-        v
-        for row in rows
-        for v in (row["vs_strong"], row["vs_plain"])
-        if v is not None and v["ratio"] is not None
-    ]
-    if seen and max(v["blocks"] for v in seen) < 2:
-        return (
-            "No claim: other processes used the machine in all but at most one block, so there is no time to trust; repeat "
-            "the command when nothing else runs."
         )
     return ""
 
@@ -159,10 +150,21 @@ def _span(versus: Versus) -> Span:
 
 
 def _times(span: Span) -> str:
-    return f"{span.value:.2f}x" if span.value is not None else f"at least {span.low:.2f}x"
+    return (
+        f"{span.value:.{_digits(span)}f}x"
+        if span.value is not None
+        else f"at least {span.low:.{_digits(span)}f}x"
+    )
+
+
+def _digits(span: Span) -> int:
+    """Return how many digits show on which side of 1 an interval lies."""
+    edge = span.low if span.low > 1 else span.high
+    return next((d for d in range(2, 6) if round(edge, d) != 1), 6)
 
 
 def _interval(span: Span, best_of: int) -> str:
-    high = f"to {span.high:.2f}" if math.isfinite(span.high) else "upwards"
+    digits = _digits(span)
+    high = f"to {span.high:.{digits}f}" if math.isfinite(span.high) else "upwards"
     note = f", corrected for the best of {best_of}" if best_of > 1 else ""
-    return f"(95% interval {span.low:.2f} {high}{note})"
+    return f"(95% interval {span.low:.{digits}f} {high}{note})"

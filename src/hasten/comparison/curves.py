@@ -35,13 +35,28 @@ def failures(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r["failure"] is not None]
 
 
+def quiet(points: Mapping[str, Sequence[tuple[float, list[Record]]]]) -> bool:
+    """Return whether every arm has times of two blocks, or of the only one, beside which nothing else used the machine."""
+    for own in points.values():
+        good = [r for _, records in own for r in records if r["failure"] is None]
+        blocks = {r["block"] for r in good}
+        if len({r["block"] for r in good if not r["disturbed"]}) < min(2, len(blocks)):
+            return False
+    return True
+
+
 def curve(
-    points: Sequence[tuple[float, list[Record]]], blocks: int, epochs: float, key: str = "accuracy"
+    points: Sequence[tuple[float, list[Record]]],
+    blocks: int,
+    epochs: float,
+    key: str = "accuracy",
+    *,
+    every: bool = False,
 ) -> TimeCurve | None:
     """Return the curve through an arm's points; None where a run failed, or there are none.
 
-    A run beside which something else used the machine keeps its accuracy, but its time is left out. key: "accuracy", or
-    "validation" for the accuracy on the validation images.
+    A run beside which something else used the machine keeps its accuracy, but its time is left out, unless ``every``. key:
+    "accuracy", or "validation" for the accuracy on the validation images.
     """
     records = [r for _, own in points for r in own]
     if not records or failures(records) or any(r.get(key) is None for r in records):
@@ -51,6 +66,6 @@ def curve(
     for row, (_, own) in enumerate(points):
         for r in own:
             accuracies[row, r["block"]] = r[key]
-            if not r["disturbed"]:
+            if every or not r["disturbed"]:
                 seconds[row, r["block"]] = r["seconds_train"]
     return TimeCurve(np.array([share * epochs for share, _ in points]), seconds, accuracies)

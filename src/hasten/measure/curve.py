@@ -118,7 +118,8 @@ class TimeCurve:
 
     def mean_seconds(self, place: ArrayLike) -> Floats:
         """Return the geometric mean over blocks of the time at log budgets (m,), (m,)."""
-        return np.asarray(np.exp(np.nanmean(self.log_seconds(place), axis=1)))
+        times = self.log_seconds(place)
+        return np.asarray(np.exp(times[:, ~np.isnan(times[0])].mean(axis=1)))
 
     def find(self, accuracy: float) -> float:
         """Return the first log budget at which the curve reaches ``accuracy``; -inf below the smallest, inf if never."""
@@ -250,7 +251,7 @@ class _Side:
         error = np.maximum(error, 1e-12)
         off = (curve.heights - accuracy) / error
         at = _held(curve, curve.find(accuracy))
-        time = np.nanmean(curve.times, axis=1)
+        time = curve.times[:, ~np.isnan(curve.times[0])].mean(axis=1)
         # beyond the last budget lie all longer times, before the first all shorter ones
         cost = np.concatenate([[max(0.0, -off[0])], off, [max(0.0, off[-1])]]) ** 2
         self.low = np.concatenate([[-math.inf], time, [time[-1]]]) * sign
