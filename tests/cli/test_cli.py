@@ -311,7 +311,7 @@ import sys, time
 from hasten.cli import main, methods
 def slow(text):
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(20)
 methods.starting = slow
 main(sys.argv[1:])
 """

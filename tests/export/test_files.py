@@ -279,6 +279,13 @@ def test_a_result_and_a_loaded_run_predict_and_export_the_same(
     assert torch.allclose(answers.probabilities.sum(1), torch.ones(TEST), atol=1e-5)
     truth = [CLASSES[i] for i in data().test.labels]
     assert sum(a == b for a, b in zip(answers.classes, truth, strict=True)) == right(result)
+    assert result.model is not None
+    normal = next(data().evaluation().epoch(0)).inputs
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        evaluated = result.model(normal).float()
+    assert torch.equal(loaded.logits(pixels), evaluated)  # in the run's precision, to the bit
+    with torch.no_grad():
+        assert not torch.equal(result.model(normal), evaluated)
     for source, name in ((result, "a"), (loaded, "b")):
         hasten.export(source, tmp_path / f"{name}.pt2")
         program = torch.export.load(tmp_path / f"{name}.pt2").module()
