@@ -103,4 +103,4 @@ def divisor(loss: Loss, outputs: Tensor, targets: Tensor) -> float:
     if mean != mean or whole == 0:  # 0 / 0: nothing counts
         return 0.0
     found = whole / mean
-    return float(count) if abs(found - count) <= 1e-4 * count else found
+    return float(round(found)) if abs(found - round(found)) <= 1e-4 else found

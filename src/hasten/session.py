@@ -102,9 +102,11 @@ class Session:
         self._wraps: list[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = []
         self.on_restart: list[Callable[[], None]] = []
         # the state of a step: gradients begun, samples and batch seen since the last update, verdicts not yet read
-        self._begun, self._within, self._in_step = False, False, False
-        self._unused, self._seen = 0, Batch(sample[0][:0], sample[1][:0])
+        self._begun, self._within = False, False
+        self._unused = 0
+        self._seen: Batch = Unlabelled(sample[0][:0])
         self._incoming: Tensor | None = None
+        self._outputs: Any = None
         self._late = sample[0].device.type != "cpu" if late_check is None else late_check
         self._ok: Tensor | None = None
         self._pending: Verdict | None = None
@@ -132,13 +134,21 @@ class Session:
         call = self._call
 
         def outputs(inputs: Tensor) -> Any:
-            if torch.is_grad_enabled() and not self._within:
-                self.counters["streamed"] += len(inputs)
-                self.counters["forward"] += len(inputs)
-                self._unused += len(inputs)
-                self._seen = Batch(inputs, inputs.new_zeros(0))
-            with self._inside():
-                return call(inputs)
+            if not torch.is_grad_enabled() or self._within:
+                with self._inside():
+                    return call(inputs)
+            self.counters["streamed"] += len(inputs)
+            self.counters["forward"] += len(inputs)
+            self._unused += len(inputs)
+            batch: Batch = Unlabelled(inputs)
+            if not self._needs_step:  # else ``backward`` will say so
+                with self.clock.span("method"):
+                    for method in self._select:
+                        batch = method.select(batch)
+            self._seen = batch
+            with self.clock.span("forward"), self._inside():
+                self._outputs = call(batch.inputs)
+            return self._outputs
 
         return outputs
 
@@ -226,6 +236,10 @@ class Session:
                 f"{', '.join(self._needs_step)} acts on a batch and its loss: train by session.step(inputs, targets), or "
                 f"leave it out."
             )
+        outputs, self._outputs = self._outputs, None
+        if self._observe and isinstance(outputs, Tensor):
+            self._seen.loss = loss.detach()
+            self._let_observe(self._seen, outputs, None)
         self._backpropagate(loss)
         self.counters["backward"] += self._unused
         self._unused = 0
@@ -593,8 +607,8 @@ class Session:
         update = [m for m in having("update") if "update" in m.writes]
         self._backward: Callable[[Tensor], None] = backward[0].backward if backward else Tensor.backward
         self._update: Callable[[tuple[Optimizer, ...]], None] = update[0].update if update else step_all
-        self._needs_step = [m.spec.name for m in self.methods
-                            if m in self._select or m in self._blend or m in self._observe]  # fmt: skip
+        self._needs_step = [m.spec.name for m in self.methods if m in self._blend or "samples" in m.writes
+                            or m.spec.requires & {"per_example_loss", "index"}]  # fmt: skip
         if backward and self.clip_norm is not None:
             raise UnsupportedError(
                 f"clip_norm (={self.clip_norm}) beside {backward[0].spec.name}, which scales the gradients until its own "
@@ -640,6 +654,27 @@ class Session:
             f"the {what} became NaN or infinite at step {step} (0-based), first seen in {where}. "
             f"No weight was changed (running statistics may have seen this batch). Lower the "
             f"learning rate, check the data, or resume from the last checkpoint."
+        )
+
+
+class Unlabelled(Batch):
+    """A batch of which the session knows no targets: the loop is the user's own, and so is the loss."""
+
+    __slots__ = ()
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+        self.index = self.weights = self.loss = None
+
+    def cut(self, start: int, stop: int) -> Batch:
+        """Return the batch of the samples from ``start`` up to ``stop``."""
+        return Unlabelled(self.inputs[start:stop])
+
+    @property
+    def targets(self) -> Tensor:  # type: ignore[override]
+        """Raise UnsupportedError: a method that reads targets must be given them."""
+        raise UnsupportedError(
+            "a method of this session reads the targets: train by session.step(inputs, targets), or leave it out."
         )
 
 
