@@ -78,7 +78,7 @@ def reports(draw: st.DrawFn) -> ReportData:
                 possible.append((arm["name"], kinds[kind], arm[key]))
     data["aa"] = draw(st.sampled_from([data["aa"], None, {**data["aa"], "lo": 1.001, "ok": False}]))
     allowed = possible if data["aa"] and data["aa"]["ok"] else []
-    claim = draw(st.sampled_from([None, *allowed]))
+    claim = draw(st.sampled_from([*allowed, *allowed, None]))
     data["verdict"] = {
         "sentence": "A sentence.",
         "claim": None,

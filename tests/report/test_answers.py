@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hasten.report import check, render, summary_lines
 from hasten.report.curves import curves
 from hasten.report.gap import gap
-from hasten.report.outcome import deciding, time_answer, versus_answer
+from hasten.report.outcome import WORDS, deciding, time_answer, tone, versus_answer
 from hasten.report.schema import Arm, ReportData, Versus
 from hasten.report.words import bracket, times
 
@@ -132,6 +132,24 @@ def test_without_a_claim_the_largest_gap_is_grey_with_its_interval_and_not_shown
         assert ", not shown</text>" in curves(data, shape)
 
 
+def test_the_label_of_the_gap_is_the_ratio_of_the_sentence_and_of_the_row() -> None:
+    data = report()
+    ratio, row = data["verdict"]["ratio"], data["arms"][5]["vs_strong"]
+    assert ratio is not None
+    assert row is not None
+    said = f"{ratio:.2f}x"
+    assert said in data["verdict"]["sentence"]
+    assert versus_answer(row).value == said
+    for shape in ("wide", "narrow"):
+        picture = curves(data, shape)
+        assert f">{said} sooner</text>" in picture
+        assert f"[{row['lo']:.2f}, {row['hi']:.2f}] against strong (bf16, NHWC)</text>" in picture
+
+
+def test_only_sooner_looks_like_a_gain() -> None:
+    assert [word for word in WORDS.values() if tone(word) == "gain"] == ["sooner"]
+
+
 def test_a_gain_that_the_a_a_test_forbids_is_not_claimed() -> None:
     data = report()
     data["verdict"] |= {"claim": None, "against": None, "ratio": None, "ci": None}
@@ -141,7 +159,7 @@ def test_a_gain_that_the_a_a_test_forbids_is_not_claimed() -> None:
     shown = gap(data)
     assert shown is not None
     assert shown.text.endswith("not claimed")
-    assert "does not hold 1, so nothing is claimed" in page
+    assert re.search(r'<li class="warn">[^<]*does not hold 1, so nothing is claimed', page)
 
 
 @pytest.mark.parametrize(

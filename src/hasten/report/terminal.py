@@ -6,7 +6,7 @@ import textwrap
 
 from hasten.report.outcome import ALREADY, Answer, deciding, time_answer, versus_answer
 from hasten.report.schema import Arm, ReportData
-from hasten.report.words import called, goal, percent, shortened, visible
+from hasten.report.words import goal, percent, shortened, visible
 
 _LABELS = (24, 20)
 _READ = (
@@ -118,7 +118,7 @@ def csv_rows(data: ReportData) -> list[list[str]]:
     for arm in data["arms"]:
         for point in arm["points"]:
             for run in point["runs"]:
-                texts = [arm["name"], arm["label"], arm["kind"], " + ".join(map(called, arm["methods"]))]
+                texts = [arm["name"], arm["label"], arm["kind"], " + ".join(arm["methods"])]
                 measured: list[object] = [point["share"], point["epochs"], run["accuracy"]]
                 measured += [run["seconds"].get(key) for key in clock] + [run.get(key) for key in numbers]
                 cells = ["" if value is None else repr(value) for value in measured]
