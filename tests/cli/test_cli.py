@@ -297,13 +297,24 @@ def test_a_fault_is_one_line_and_its_traceback_a_file(
     result = hasten("methods")
     assert result.code == 70
     assert result.err.count("\n") == 1
-    assert "error: RuntimeError: the table fell over (traceback in " in result.err
+    assert "error: RuntimeError: the table fell over (in " in result.err
+    assert "; traceback in " in result.err
     assert "HASTEN_TRACEBACK=1 shows it" in result.err
     (log,) = tmp_path.glob("hasten-*.log")
     assert str(log) in result.err
     assert "in broken" in log.read_text()
     monkeypatch.setenv("HASTEN_TRACEBACK", "1")
     assert "Traceback (most recent call last)" in hasten("methods").err
+
+
+def test_a_fault_in_the_users_code_names_its_line(hasten: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("def make():\n    return [][1]\n")
+    result = hasten("train", "--model", "net.py:make", "--data", data, "--out", "run")
+    assert result.code == 70
+    assert (
+        f"error: IndexError: list index out of range (in {tmp_path / 'net.py'}, line 2; traceback in "
+        in result.err
+    )
 
 
 SLOW = """

@@ -114,6 +114,8 @@ def test_predict_tells_class_and_chances_as_evaluate_counts_them(
         chances = [one["probability"] for one in row["top"]]
         assert chances == sorted(chances, reverse=True)
         assert sum(chances) <= 1.0001
+    in_python = library.load(folder / "run", trust_code=True).predict([row["file"] for row in rows])
+    assert in_python.classes == [row["class"] for row in rows]
     one = rows[0]
     shown = hasten("predict", folder / "run", one["file"], "--trust-code", "--device", "cpu").out
     assert shown.startswith("net.py") or one["file"] in shown

@@ -248,6 +248,23 @@ def test_a_run_of_an_older_version_is_exported_raw_only(
         loaded.predict(data().test.pixels.transpose(0, 3, 1, 2))
 
 
+def test_weights_of_a_later_step_than_the_last_evaluation_claim_no_accuracy(tmp_path: Path) -> None:
+    def stop(step: int) -> None:
+        if step == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hasten.fit("resnet8", data(), recipe=RECIPE.with_(eval_every=1.0), out=tmp_path / "run", save_every=0, on_step=stop,
+                   device="cpu")  # fmt: skip
+    stored = StoredRun(tmp_path / "run")
+    assert stored.loaded.step == 13
+    assert stored.loaded.parts["state"]["accuracy"] is not None
+    assert stored.accuracy is None
+    done = hasten.export(tmp_path / "run", tmp_path / "net.safetensors")
+    assert done.labels["accuracy"] is None
+    assert any("not known" in line for line in done.notes)
+
+
 def test_a_failed_write_leaves_what_was_there(
     run: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

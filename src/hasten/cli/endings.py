@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -88,8 +89,18 @@ def crashed(error: Exception) -> int:
         sys.stderr.write(text)
     else:
         where += "; HASTEN_TRACEBACK=1 shows it"
-    note(f"error: {type(error).__name__}{': ' if what else ''}{what} ({where})")
+    place = _own_code(error)
+    note(f"error: {type(error).__name__}{': ' if what else ''}{what} ({place}{where})")
     return FAULT
+
+
+def _own_code(error: Exception) -> str:
+    """Return "in FILE, line N; " for the last line of the user's own code that ``error`` passed through, if any."""
+    others = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others):
+            return f"in {frame.filename}, line {frame.lineno}; "
+    return ""
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def export(
 
 
 def _notes(source: StoredRun | Trained, suffix: str, raw: bool) -> Iterator[str]:
+    if source.accuracy is None:
+        yield "the run was stopped after its last evaluation, so the accuracy of these weights is not known"
     if (raw or suffix == ".onnx") and source.precision != "float32":
         yield (
             f"computes in float32; the run's accuracy was measured in {source.precision}, so that an image or two may "

@@ -46,8 +46,7 @@ class StoredRun:
         try:
             state, identity = loaded.parts["state"], loaded.recipe
             self.preprocessing: dict[str, Any] | None = state.get("data") or None
-            curve = state.get("curve") or [[0, 0, None]]
-            self.accuracy: float | None = state["accuracy"] if "accuracy" in state else curve[-1][2]
+            self.accuracy: float | None = _accuracy(state)
             self.model: dict[str, Any] = identity["model"]
             self.recipe: dict[str, Any] = identity["recipe"]
             self.data: dict[str, Any] = identity["data"] if isinstance(identity["data"], dict) else {}
@@ -155,6 +154,14 @@ def method_from_json(row: dict[str, Any]) -> Method:
     """Return the method that ``loop`` stored as ``{"name": ..., "settings": {...}}``."""
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in row["settings"].items()}
     return registry.method(row["name"], **settings)
+
+
+def _accuracy(state: dict[str, Any]) -> float | None:
+    """Return the accuracy of the very weights that were saved, or None where the last evaluation was of earlier ones."""
+    if not (curve := state.get("curve")):
+        return None
+    _, samples, accuracy = curve[-1]
+    return float(accuracy) if samples == state["counters"]["streamed"] else None
 
 
 def _leaves_something(method: Method) -> bool:
