@@ -177,7 +177,7 @@ def test_no_list_or_dict_is_shown_as_python_writes_it() -> None:
     data["notes"].append("[1, 2]")
     shown = " ".join(Shape(render(data)).text)
     assert not re.search(r"\{[^}]*:|\['|\('|\bTrue\b|\bFalse\b|\bNone\b", shown)
-    for words in ("x 1, 2, y z not known", "p, q", "m, 1.5", "betas 0.9, 0.999", "forward 0.5"):
+    for words in ("x 1, 2, y z none", "p, q", "m, 1.5", "betas 0.9, 0.999", "forward 0.5"):
         assert words in shown
 
 

@@ -10,7 +10,7 @@ _TERMS = {
     "sooner": "The time one arm takes to the target, divided by the time of another: 2x sooner is half the time at the same accuracy. Training less does not count as a gain, for then the baseline's own curve would get there as early.",
     "interval": "The range in brackets would hold the true value in 95 of 100 such comparisons. “Sooner” is said only where all of it lies above 1. More seeds make it narrower.",
     "not shown": "The interval holds 1, so the runs do not tell whether there is a gain.",
-    "too wide to say": "The interval holds everything from much slower to much faster: too few seeds or too noisy a machine.",
+    "too wide to say": "The interval holds 1 and is so wide that a large gain or loss may hide in it: too few seeds, or too noisy a machine.",
     "not reached": "The arm's curve ends below the target. How much longer it would take was not measured and is not guessed.",
     "already at the smallest budget": "The arm is above the target with its smallest budget, so it gets there before the first point. How much earlier was not measured.",
     "one seed": "A single run of each says nothing about chance. Give more seeds for an interval.",

@@ -111,7 +111,7 @@ def scalar(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return "not known"
+        return "none"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
