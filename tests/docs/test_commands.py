@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import typer
 
 from hasten.cli import main
+from hasten.cli.config import recipe_from
+from hasten.settings import method_from
 
 from .pages import PAGES, ROOT, blocks, name, photos
 
@@ -22,7 +25,7 @@ ClickException: type[Exception] = next(
 
 @pytest.fixture(scope="module")
 def command_line() -> Any:
-    """The command that ``hasten`` runs, taken from where it is about to run; its subcommands do nothing."""
+    """The command that ``hasten`` runs, taken from where it is about to run; its subcommands only return what they read."""
     found: list[typer.Typer] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.Typer, "__call__", lambda self, *args, **kwargs: found.append(self))
@@ -33,12 +36,12 @@ def command_line() -> Any:
 
 
 def silence(group: Any) -> None:
-    """Have every command below ``group`` do nothing once it has read its arguments."""
+    """Have every command below ``group`` return its arguments once it has read them."""
     for command in group.commands.values():
         if hasattr(command, "commands"):
             silence(command)
         else:
-            command.callback = lambda **_: None
+            command.callback = lambda **given: given
 
 
 def commands(page: Path) -> list[str]:
@@ -61,9 +64,13 @@ def test_commands_are_understood(
         words = shlex.split(line.removeprefix("python -m "), comments=True)[1:]
         words = [STAND_INS.get(word, word) for word in words]
         try:
-            command_line.main(words, prog_name="hasten", standalone_mode=False)
+            given = command_line.main(words, prog_name="hasten", standalone_mode=False)
         except ClickException as error:
             pytest.fail(f"{line}: {error}")
+        if isinstance(given, dict) and words[0] in ("train", "compare"):
+            for method in given["method"] or []:
+                method_from(method)
+            recipe_from("strong", [text for text in given["set_"] or [] if text != "help"])
 
 
 def test_the_documents_show_commands_and_a_wrong_one_is_found(command_line: Any) -> None:
@@ -71,3 +78,9 @@ def test_the_documents_show_commands_and_a_wrong_one_is_found(command_line: Any)
     with pytest.raises(ClickException):
         command_line.main(["train", "--no-such-flag", "1"], prog_name="hasten", standalone_mode=False)
     assert (ROOT / "docs/command-line.md") in PAGES
+
+
+def test_what_to_try_can_be_given_to_method() -> None:
+    words = tomllib.loads((ROOT / "scripts/cards.toml").read_text(encoding="utf-8"))
+    for row in words["which"]:
+        assert str(method_from(row["try"])).startswith(row["try"].partition(":")[0])

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from hasten.cli import main
+from hasten.comparison import Comparison
 
 from .pages import ROOT, blocks, photos
 
@@ -151,3 +152,31 @@ print(right / seen)
     told = subprocess.run([sys.executable, "-c", elsewhere], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert float(told.stdout) == pytest.approx(accuracy)
+
+
+def test_compare_two_methods_in_a_notebook(hers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = """
+import hasten
+from torch import nn
+
+
+def mine(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(32, 64, 3),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+short = {"epochs": 2, "batch_size": 8}
+answer = hasten.compare(
+    mine, "photos", ["selective_backprop", "error_map_pruning:keep=0.5"], size=32, isolate=False, threads=1,
+    plain=hasten.PLAIN.with_(**short), strong=hasten.STRONG.with_(**short),
+    seeds=1, budgets=[0.5, 1.0], aa_pairs=0, compile=False, out="comparison",
+)
+"""
+    space: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(cell, "<cell>", "exec"), space)
+    answer = space["answer"]
+    assert isinstance(answer, Comparison)
+    told = "\n".join(answer.lines())
+    assert "no claim" in told, "one seed and no A/A test: nothing may be claimed"
+    assert "selective_backprop" in told
+    assert (hers / "comparison/report.html").exists()
