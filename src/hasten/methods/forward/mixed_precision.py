@@ -37,7 +37,7 @@ class MixedPrecision(Method):
     this machine computes it faster than float32, else float32. On a CPU a timed convolution decides, on a
     GPU its generation.
     channels_last: lay 4-D weights and images out as NHWC (our choice: on).
-    compile: run the model through ``torch.compile`` (our choice: off; on a small CPU it lost 14% of speed).
+    compile: run the model through ``torch.compile`` (our choice: off; a short run does not earn the time of compiling back).
     force: use a dtype that is slower than float32 here (our choice: off).
     init_scale (S0), growth_factor, backoff_factor, growth_interval: loss scaling of float16. The scale
     doubles after 2000 steps without overflow and halves at one, whose update is skipped and whose gradients

@@ -92,7 +92,7 @@ class ActNN(Method):
                 "AvgPool2d"),
         state=("layers_", "counts_"),
         promises=frozenset({"autocast", "channels_last", "ddp"}),
-        slower_when="always, by packing and unpacking (about 10% of a float32 step); it pays where memory does",
+        slower_when="always, by packing and unpacking; it pays where memory does",
     )  # fmt: skip
 
     @property
