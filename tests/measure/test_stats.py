@@ -12,13 +12,13 @@ from hasten.errors import SettingsError
 from hasten.measure.stats import (
     bca_interval,
     blocks_needed,
-    first_hit,
     geometric_mean,
     mean_lower_bound,
     noninferior,
     sign_flip_p,
     speedup,
     t_interval,
+    welch_half_width,
 )
 from hasten.measure.verdict import Ratio, ratio_text
 
@@ -205,16 +205,13 @@ def test_lower_bound_of_the_mean() -> None:
     assert abs(above - 0.05) <= 0.018
 
 
-def test_first_hit_counts_misses_as_infinity_and_does_not_interpolate() -> None:
-    hit, late, miss = [(10.0, 90.0), (20.0, 94.0)], [(10.0, 93.9), (30.0, 95.0)], [(10.0, 50.0)]
-    result = first_hit([hit, late, miss], 94.0)
-    assert (result.median, result.hits, result.n) == (30.0, 2, 3)
-    assert result.seconds == (20.0, 30.0, math.inf)
-    assert first_hit([hit, miss], 94.0).median == math.inf
-    assert first_hit([hit, late], 94.0).median == 25.0
-    assert first_hit([miss, miss, hit], 94.0).text() == "median infinite, hit 1 of 3"
-    with pytest.raises(SettingsError, match="order"):
-        first_hit([[(2.0, 1.0), (1.0, 2.0)]], 94.0)
+def test_the_interval_of_a_difference_holds_it_in_95_of_100() -> None:
+    rng = np.random.default_rng(3)
+    held = [abs(float(a.mean() - b.mean()) - 0.3) <= welch_half_width(a, b)
+            for a, b in ((rng.normal(0.3, 1.0, 5), rng.normal(0.0, 2.0, 4)) for _ in range(2000))]  # fmt: skip
+    assert 0.935 <= np.mean(held) <= 0.965
+    assert welch_half_width([1.0], [1.0, 2.0]) == math.inf
+    assert welch_half_width([1.0, 1.0], [2.0, 2.0]) == 0.0
 
 
 def test_geometric_mean() -> None:

@@ -73,6 +73,24 @@ class Plan:
         return reference(self.arms).name
 
 
+def stored(plan: Plan, key: str) -> dict[str, Any]:
+    """Return what a later call needs to follow ``plan`` again, as plain JSON. key: what the plan was asked for."""
+    return {
+        "key": key, "epochs": {arm.name: arm.recipe.epochs for arm in plan.arms}, "seeds": plan.seeds, "keep": plan.keep,
+        "costs": {name: dataclasses.asdict(cost) for name, cost in plan.costs.items()}, "changes": plan.changes,
+        "compiled": any(m.settings().get("compile", False) for arm in plan.arms for m in arm.methods),
+    }  # fmt: skip
+
+
+def again(plan: Plan, kept: Mapping[str, Any]) -> Plan:
+    """Return ``plan`` as it was stored, so that a command that was stopped goes on with the same runs."""
+    arms = [arm.with_epochs(kept["epochs"][arm.name]) for arm in plan.arms]
+    return dataclasses.replace(
+        plan, arms=[_compiled(arm) for arm in arms] if kept["compiled"] else arms, seeds=kept["seeds"], keep=kept["keep"],
+        costs={name: Cost(**cost) for name, cost in kept["costs"].items()}, changes=kept["changes"],
+    )  # fmt: skip
+
+
 def reference(arms: Sequence[Arm]) -> Arm:
     """Return the arm that others are measured against: strong, else plain, else the first."""
     for kind in ("strong", "baseline"):
@@ -82,7 +100,7 @@ def reference(arms: Sequence[Arm]) -> Arm:
     return arms[0]
 
 
-def probe(run: Callable[[Arm, float], Record], arm: Arm, steps_an_epoch: int) -> tuple[Cost, Record]:
+def probe(run: Callable[[Arm, float], Record], arm: Arm, steps_an_epoch: int) -> Cost:
     """Time a few steps of ``arm`` in a run of its own. Raises HastenError with the run's failure if it has one."""
     steps = max(1, round(arm.recipe.epochs * steps_an_epoch))
     record = run(arm, min(1.0, (PROBE_STEPS + 0.25) / steps))
@@ -91,7 +109,7 @@ def probe(run: Callable[[Arm, float], Record], arm: Arm, steps_an_epoch: int) ->
     step = record["step_seconds"] or record["seconds_train"] / max(1, record["steps"])
     attach = record["seconds_attach"]
     overhead = max(0.0, record["wall"] - attach - step * record["steps"])
-    return Cost(overhead, attach, step, steps), record
+    return Cost(overhead, attach, step, steps)
 
 
 def total(

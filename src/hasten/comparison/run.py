@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -19,19 +20,22 @@ from hasten.comparison.blocks import Runner, jobs, noise
 from hasten.comparison.curves import Record, Shares
 from hasten.comparison.plan import (
     SEEDS,
+    Cost,
     Plan,
+    again,
     compiled,
     duration,
     fitted,
     from_text,
     probe,
     reference,
+    stored,
 )
 from hasten.comparison.prepare import built
 from hasten.comparison.shares import FIRST, placed
 from hasten.comparison.store import Runs
 from hasten.comparison.summary import summarise
-from hasten.comparison.worker import Workload, fresh_process, handed_over, run_arm, threads_here
+from hasten.comparison.worker import Workload, fresh_process, handed_over, run_arm, threads_here, warm_up
 from hasten.contract import Method
 from hasten.data import DataSet
 from hasten.devices import training_device
@@ -259,23 +263,36 @@ class _Course:
 
     # -- the plan
     def _planned(self, data: Any) -> Plan:
-        costs: dict[str, Any] = {}
+        plan = Plan(self.arms, self.seeds, {}, 1.0, self.fixed, self.pairs, self.limit, [])
+        asked = Runs(None, self.workload, data)
+        what = [asked.key(arm, 1.0, 0) for arm in self.arms]
+        key = json.dumps(
+            [what, self.seeds, self.seeds_given, self.limit, self.fixed, self.pairs, self.compile]
+        )
+        file = self.folder / "plan.json" if self.folder is not None else None
+        kept = _read(file)
+        if kept.get("key") == key:
+            return again(plan, kept)
+        plan = self._timed(plan, data)
+        if file is not None:
+            file.write_text(json.dumps(stored(plan, key), indent=1) + "\n", encoding="utf-8")
+        return plan
+
+    def _timed(self, plan: Plan, data: Any) -> Plan:
         steps = _steps(data)
+        costs: dict[str, Cost] = {}
+        if self.isolate:
+            warm_up()
         for arm in self.arms:
             self.told.live(f"timing a few steps of {arm.name}", len(costs), len(self.arms))
-            costs[arm.name], _ = probe(self._probe, arm, steps(arm))
-        arms, words = (
-            compiled(self.arms, costs, self._probe, steps(reference(self.arms)))
-            if self.compile
-            else (self.arms, "")
-        )
-        if arms != self.arms:
-            for arm in arms:
-                if any(m.settings().get("compile") for m in arm.methods if m.spec.name == "mixed_precision"):
-                    costs[arm.name], _ = probe(self._probe, arm, steps(arm))
-        plan = Plan(
-            arms, self.seeds, costs, 1.0, self.fixed, self.pairs, self.limit, [words] if words else []
-        )
+            costs[arm.name] = probe(self._probe, arm, steps(arm))
+        arms, words = self.arms, ""
+        if self.compile:
+            arms, words = compiled(self.arms, costs, self._probe, steps(reference(self.arms)))
+        for arm in arms:
+            if arm not in self.arms:
+                costs[arm.name] = probe(self._probe, arm, steps(arm))
+        plan = dataclasses.replace(plan, arms=arms, costs=costs, changes=[words] if words else [])
         return fitted(plan, data.train_count, len(data.classes), seeds_given=self.seeds_given,
                       spent=time.monotonic() - self.begun, can_cut=isinstance(data, DataSet))  # fmt: skip
 
@@ -379,6 +396,15 @@ def _can_hold_out(data: Any) -> bool:
             return False
         raise
     return True
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    """Return what a file holds; nothing where there is none or it is damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _steps(data: Any) -> Callable[[Arm], int]:

@@ -164,6 +164,21 @@ def _child(
     connection.close()
 
 
+def _server() -> Any:
+    """Return the way to make processes that have imported torch and nothing more."""
+    context = mp.get_context("forkserver")
+    # optimizers import torch._dynamo when the first is made, which takes a second that every run would pay
+    context.set_forkserver_preload(["hasten.comparison.worker", "torch._dynamo"])
+    return context
+
+
+def warm_up() -> None:
+    """Start the server of fresh processes, so that no run waits for its imports."""
+    process = _server().Process(target=os.getpid, daemon=True)
+    process.start()
+    process.join()
+
+
 def fresh_process(
     workload: Workload, arm: Arm, share: float, seed: int, out: Path | None = None, told: Told | None = None
 ) -> dict[str, Any]:
@@ -173,9 +188,7 @@ def fresh_process(
     starts with no caches. Interrupted, it has the run save itself before it ends the process. Raises UnsupportedError if
     model or data cannot be handed to another process.
     """
-    context = mp.get_context("forkserver")
-    # optimizers import torch._dynamo when the first is made, which takes a second that every run would pay
-    context.set_forkserver_preload(["hasten.comparison.worker", "torch._dynamo"])
+    context = _server()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, workload, arm, share, seed, out), daemon=True)
     try:

@@ -22,6 +22,9 @@ Floats = NDArray[np.float64]
 GRID = 121
 """Budgets at which a curve is looked at for its interval, evenly spaced in their logarithm."""
 
+FINE = 20
+"""More of them on each side of the time to the target."""
+
 
 @dataclass(frozen=True, eq=False)
 class TimeCurve:
@@ -86,17 +89,14 @@ class TimeCurve:
 
     @cached_property
     def heights(self) -> Floats:
-        """The curve on the grid: monotone cubic (PCHIP) through the levels."""
-        from scipy.interpolate import PchipInterpolator
+        """The curve on the grid: a monotone cubic through the levels."""
+        from scipy.interpolate import CubicHermiteSpline
 
         if len(self.place) == 1:
             return self.levels
-        return np.asarray(PchipInterpolator(self.place, self.levels)(self.grid))
-
-    @cached_property
-    def times(self) -> Floats:
-        """Each block's log time on the grid, (len(grid), n)."""
-        return self.log_seconds(self.grid)
+        return np.asarray(
+            CubicHermiteSpline(self.place, self.levels, slopes(self.place, self.levels))(self.grid)
+        )
 
     def accuracy(self, place: ArrayLike) -> Floats:
         """Return the curve at log budgets, those outside brought to the nearest end."""
@@ -164,6 +164,18 @@ class TimeCurve:
         return np.sqrt(total), np.divide(
             total**2, squares.sum(0), out=np.ones_like(total), where=squares.sum(0) > 0
         )
+
+
+def slopes(x: Floats, y: Floats) -> Floats:
+    """Return the derivative of rising values ``y`` at ``x``, (K,): three-point formulas, limited so that a cubic stays monotone.
+
+    (Fritsch and Carlson 1980.) PCHIP's harmonic means would flatten the curve in front of a plateau, where it is read.
+    """
+    if len(x) < 3:
+        return np.gradient(y, x)
+    secant = np.diff(y) / np.diff(x)
+    limit = 3 * np.minimum(np.concatenate([secant[:1], secant]), np.concatenate([secant, secant[-1:]]))
+    return np.asarray(np.clip(np.gradient(y, x, edge_order=2), 0, limit))
 
 
 def isotonic(values: ArrayLike, weights: ArrayLike) -> Floats:
@@ -245,13 +257,21 @@ class _Side:
     """One curve's say in a log time: what each log budget costs, in squared standard errors of accuracy."""
 
     def __init__(self, curve: TimeCurve, accuracy: float, pooled: tuple[float, float], sign: float) -> None:
-        grid = curve.grid
-        error, freedom = curve.error(grid, pooled)
-        # no spread at all among the seeds: then only the mean curve itself decides
-        error = np.maximum(error, 1e-12)
-        off = (curve.heights - accuracy) / error
         at = _held(curve, curve.find(accuracy))
-        time = curve.times[:, ~np.isnan(curve.times[0])].mean(axis=1)
+        x = curve.grid[(curve.grid >= at - 0.1) & (curve.grid <= at + 0.1)]
+        y = curve.accuracy(x)
+        slope = max(float(y[-1] - y[0]) / float(x[-1] - x[0]), 1e-9) if len(x) > 1 else 1e-9
+        # no spread at all among the seeds: then only the mean curve itself decides
+        own, freedom = (float(v[0]) for v in curve.error(at, pooled))
+        self.variance, self.freedom = (max(own, 1e-12) / slope) ** 2, freedom
+        # finer where the time is, so that an interval narrower than the grid is not lost in it
+        reach = min(8 * math.sqrt(self.variance), 0.2)
+        near = np.clip(at + reach * np.linspace(-1, 1, 2 * FINE + 1), curve.grid[0], curve.grid[-1])
+        grid = np.unique(np.concatenate([curve.grid, near]))
+        error = np.maximum(curve.error(grid, pooled)[0], 1e-12)
+        off = (curve.accuracy(grid) - accuracy) / error
+        times = curve.log_seconds(grid)
+        time = times[:, ~np.isnan(times[0])].mean(axis=1)
         # beyond the last budget lie all longer times, before the first all shorter ones
         cost = np.concatenate([[max(0.0, -off[0])], off, [max(0.0, off[-1])]]) ** 2
         self.low = np.concatenate([[-math.inf], time, [time[-1]]]) * sign
@@ -259,12 +279,6 @@ class _Side:
         if sign < 0:
             self.low, self.high = self.high, self.low
         self.cost = cost
-        nearest = int(np.abs(grid - at).argmin())
-        here = slice(max(nearest - 6, 0), nearest + 7)
-        x, y = grid[here], curve.heights[here]
-        slope = (y[-1] - y[0]) / (x[-1] - x[0]) if len(x) > 1 else 0.0
-        self.variance = float(error[nearest] / max(slope, 1e-9)) ** 2
-        self.freedom = float(freedom[nearest])
 
 
 def _interval(value: float | None, sides: Sequence[_Side], paired: Floats, confidence: float) -> Span:
