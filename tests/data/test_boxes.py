@@ -67,24 +67,27 @@ def test_the_crop_is_resized_as_pillow_does(shape: tuple[int, int, int]) -> None
         assert np.abs(want.astype(int) - out).max() <= 1
 
 
-def published_erase(rng: random.Random, height: int, width: int) -> tuple[int, int, int, int] | None:
+def published_erase(
+    rng: random.Random, height: int, width: int, ratio: tuple[float, float]
+) -> tuple[int, int, int, int] | None:
     """Return (top, left, height, width) as torchvision's RandomErasing does, None for no change."""
     if rng.random() >= 0.5:
         return None
     for _ in range(10):
         target = height * width * rng.uniform(0.02, 0.33)
-        aspect = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if h < height and w < width and h > 0 and w > 0:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     return None
 
 
+@pytest.mark.parametrize("ratio", [(0.3, 3.3), (0.3, 0.6)])
 @pytest.mark.parametrize("size", [(32, 32), (10, 40)])
-def test_erased_rectangles_are_drawn_as_published(size: tuple[int, int]) -> None:
+def test_erased_rectangles_are_drawn_as_published(size: tuple[int, int], ratio: tuple[float, float]) -> None:
     rng = random.Random(1)
-    want = [box for _ in range(N) if (box := published_erase(rng, *size)) is not None]
-    hole = RandomErasing()(torch.ones(N, *size, 2), INDEX, 0, 3) == 0
+    want = [box for _ in range(N) if (box := published_erase(rng, *size, ratio)) is not None]
+    hole = RandomErasing(ratio=ratio)(torch.ones(N, *size, 2), INDEX, 0, 3) == 0
     assert (hole == hole[..., :1]).all()
     hole = hole[..., 0]
     rows, cols = hole.any(2), hole.any(1)

@@ -190,6 +190,24 @@ def test_hidden_and_system_entries_are_left_out_and_named(tmp_path: Path) -> Non
     assert ".ipynb_checkpoints: hidden" in str(report)
 
 
+def test_nested_folders_come_in_the_order_of_image_folder(tmp_path: Path) -> None:
+    names = ("b/1", "b/0", "b-2/0", "b 3/1", "b/c/0", "a/x", "z", "B/0", "b.d/0", "A")
+    two_classes(tmp_path, n=1)
+    for shade, name in enumerate(names):
+        image(tmp_path / "train/dog" / f"{name}.png", shade=shade + 1)
+    # torchvision: for root, _, files in sorted(os.walk(folder)): for file in sorted(files)
+    walked = [
+        Path(where, file)
+        for where, _, files in sorted(os.walk(tmp_path / "train/dog"))
+        for file in sorted(files)
+    ]
+    want = []
+    for file in walked:
+        with Image.open(file) as opened:
+            want.append(opened.getpixel((0, 0))[0])
+    assert load(tmp_path).train.pixels[1:, 0, 0, 0].tolist() == want
+
+
 def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     root = tmp_path / "data"
     two_classes(root)

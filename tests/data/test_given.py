@@ -67,6 +67,10 @@ def test_arrays_in_all_their_forms(x: Any, y: Any) -> None:
 def test_grey_arrays_and_rounded_floats() -> None:
     grey = as_data((X[..., 0], Y))
     assert grey.shape == (8, 6, 1)
+    # Where both ends could be channels, an array has them last and a tensor first, as is usual for each.
+    narrow = np.zeros((60, 3, 9, 2), np.uint8)
+    assert as_data((narrow, Y)).shape == (3, 9, 2)
+    assert as_data((torch.from_numpy(narrow), Y)).shape == (9, 2, 3)
     values = np.random.default_rng(0).random((60, 8, 6, 3))
     data = as_data(((values, Y), (values, Y)))
     assert isinstance(data, DataSet)

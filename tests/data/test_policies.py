@@ -77,7 +77,9 @@ def test_every_operation_is_pillows(name: str, shape: tuple[int, int, int]) -> N
         for one, out in zip(x, got, strict=True):
             image = Image.fromarray(one.squeeze())
             want = np.asarray(PILLOW[name](image, magnitude)).reshape(shape)
-            worst = max(worst, float((np.abs(want.astype(int) - out) > 1).mean()))
+            # Pillow stretches in floating point, and so now and then ends one below.
+            most = 1 if name == "AutoContrast" else 0
+            worst = max(worst, float((np.abs(want.astype(int) - out) > most).mean()))
     # Nearest-pixel warps may choose the other of two pixels where a place falls on their border (at 45 degrees a whole
     # diagonal does).
     assert worst <= (0.01 if name in ("ShearX", "ShearY", "Rotate") else 0)

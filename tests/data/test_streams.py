@@ -100,6 +100,7 @@ def test_a_sample_is_keyed_by_seed_epoch_and_number_alone() -> None:
     for changed in (by_number(5, 2, 4), by_number(5, 1, 5)):
         assert not any(torch.equal(one[n], changed[n]) for n in one)
     assert all(int(one[n].min()) == n for n in one)  # The index is the sample's own.
+    assert len({round(float((one[n] - n).mean()), 5) for n in one}) == N  # No two samples share their draws.
     orders = [[int(n) for b in data.training(5, seed=1).epoch(e) for n in b.index] for e in (0, 1)]  # type: ignore[union-attr]
     assert orders[0] != orders[1]
 
@@ -187,6 +188,12 @@ def test_uint8_items_are_scaled_and_floats_are_kept() -> None:
     given = DataLoader(TensorDataset(x, torch.arange(8) % 2), 4)
     (batch, _) = as_data((given, given)).evaluation().epoch(0)
     torch.testing.assert_close(batch.inputs, x[:4] / 255)
+    random_bytes = Noisy(8)
+    random_bytes.__class__ = type(
+        "Bytes", (Noisy,), {"__getitem__": lambda self, n: (x[n] if torch.rand(()) >= 0 else None, n % 2)}
+    )
+    (batch,) = as_data((random_bytes, random_bytes)).evaluation().epoch(0)
+    torch.testing.assert_close(batch.inputs, x / 255)
     z = torch.randn(8, 3, 4, 5, dtype=torch.float64)
     data = as_data((TensorDataset(z, torch.arange(8) % 2),) * 2)
     (batch,) = data.evaluation().epoch(0)

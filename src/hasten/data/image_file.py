@@ -52,7 +52,7 @@ def decode(file: Path, size: int | None) -> NDArray[np.uint8]:
             raise DataError(
                 f"its pixels (mode {image.mode}) do not fit into 8 bits: convert it to 8 bits a value"
             )
-        rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+        rgb = image.convert("RGB")
     return np.asarray(rgb if size is None else _fitted(rgb, size, image_module))
 
 
