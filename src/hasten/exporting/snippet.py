@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,22 @@ def _builder(model: dict[str, Any]) -> tuple[str, str]:
     if kind == "code":
         where, _, name = str(model["target"]).rpartition(":")
         module = Path(where).stem if where.endswith(".py") else where
-        return (
-            f"import torch; from {module} import {name}",
-            f"{name}()  # with the arguments that hasten gave it",
-        )
+        return f"import torch; from {module} import {name}", f"{name}({_arguments(model, name)})"
     return "import torch", "...  # build your network here"
+
+
+def _arguments(model: dict[str, Any], name: str) -> str:
+    """Return what hasten calls the factory ``name`` with, read from its file; nothing in it is run."""
+    try:
+        body = ast.parse(Path(model["path"]).read_bytes()).body
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return "..."
+    found = next((node for node in body if getattr(node, "name", None) == name), None)
+    if isinstance(found, ast.ClassDef):
+        found = next((node for node in found.body if getattr(node, "name", None) == "__init__"), None)
+    if not isinstance(found, ast.FunctionDef):
+        return "..."
+    names = [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+    return ", ".join(
+        f"{key}={model[key]}" for key in ("num_classes", "in_channels", "image_size") if key in names
+    )
