@@ -158,19 +158,23 @@ def card(name: str) -> str:
     spec, measured = cls.spec, all_of(name)
     head = measured[: max(1, len([s for s in said["ours"] if chosen(s, name)]))] if measured else []
     lines = [f"# {name}", "", f"{spec.title}: it {escaped(spec.acts)}. Source: {escaped(spec.paper)}.", ""]
+    lines += ["## The paper's figure and ours", ""]
+    rows = [
+        ["other" if row["source"] == "peer" else "paper", row["figure"], row["of"], SOURCES[row["source"]]]
+        for row in said["paper"]
+    ]
+    rows += [["ours", claim.text, claim.what, f"`{claim.command}`"] for claim in head]
+    rows += [["ours", NOT_MEASURED, "", f"`make bench BENCH={said['ours'][0]['result']}`"]] * (not head)
+    lines += [*table(["whose", "figure", "of what", "from"], rows), ""]
+    lines += [f"Ours on {where}." for where in dict.fromkeys(claim.machine for claim in measured)]
+    lines += ["", "## Verdict", "", f"It bought here: {escaped(said['bought'])}.", ""]
     lines += [
         f"**Use it when** {escaped(said['use_when'])}",
         "",
         f"**Not when** {escaped(said['not_when'])}",
         "",
     ]
-    lines += ["## The paper's figure and ours", ""]
-    rows = [["paper", row["figure"], row["of"], SOURCES[row["source"]]] for row in said["paper"]]
-    rows += [["ours", claim.text, claim.what, f"`{claim.command}`"] for claim in head]
-    rows += [["ours", NOT_MEASURED, "", f"`make bench BENCH={said['ours'][0]['result']}`"]] * (not head)
-    lines += [*table(["whose", "figure", "of what", "from"], rows), ""]
-    lines += [f"Ours on {where}." for where in dict.fromkeys(claim.machine for claim in measured)]
-    lines += ["", "## In the step", ""]
+    lines += ["## In the step", ""]
     facts = [
         ["saves", spec.saves],
         ["writes", ", ".join(sorted(spec.writes))],
@@ -248,9 +252,10 @@ def verdicts() -> list[str]:
     """Return every method's verdict."""
     said = words()["method"]
     rows = [
-        [f"[{n}](methods/{n}.md)", said[n]["use_when"], said[n]["not_when"]] for n in registry.available()
+        [f"[{n}](methods/{n}.md)", said[n]["bought"], said[n]["use_when"], said[n]["not_when"]]
+        for n in registry.available()
     ]
-    return table(["method", "use it when", "not when"], rows)
+    return table(["method", "it bought here", "use it when", "not when"], rows)
 
 
 def hardware() -> list[str]:

@@ -60,7 +60,7 @@ def test_no_figure_is_typed_by_hand(path: Path) -> None:
 @pytest.mark.parametrize("name", available())
 def test_a_verdict_has_no_figure_of_ours(name: str) -> None:
     said = make_cards.words()["method"][name]
-    assert not FIGURE.findall(said["use_when"] + said["not_when"])
+    assert not FIGURE.findall(said["bought"] + said["use_when"] + said["not_when"])
     assert said["paper"], "a card compares with the paper's figure"
 
 

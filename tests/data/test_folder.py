@@ -190,6 +190,17 @@ def test_hidden_and_system_entries_are_left_out_and_named(tmp_path: Path) -> Non
     assert ".ipynb_checkpoints: hidden" in str(report)
 
 
+def test_digits_and_letters_are_not_flipped(tmp_path: Path) -> None:
+    two_classes(tmp_path / "things")
+    assert load(tmp_path / "things").flip_ok
+    for name in "6b":
+        for part in ("train", "val"):
+            image(tmp_path / "signs" / part / name / "0.png")
+    data = load(tmp_path / "signs")
+    assert not data.flip_ok
+    assert any("flips are left out" in note for note in data.notes)
+
+
 def test_nested_folders_come_in_the_order_of_image_folder(tmp_path: Path) -> None:
     names = ("b/1", "b/0", "b-2/0", "b 3/1", "b/c/0", "a/x", "z", "B/0", "b.d/0", "A")
     two_classes(tmp_path, n=1)

@@ -168,6 +168,11 @@ def test_names_paths_and_sets_pass_through(tmp_path: Path) -> None:
         as_data(tmp_path / "e.npz")
     with pytest.raises(DataError, match="Did you mean 'cifar10'"):
         as_data("cifar11")
+    for name in ("", "  ", "x" * 5000):
+        with pytest.raises(DataError, match="unknown data set"):
+            as_data(name)
+    with pytest.raises(DataError, match="there is no file or folder"):
+        as_data("y/" + "x" * 5000)
     with pytest.raises(DataError, match="for names and paths"):
         as_data((X, Y), size=32)
 
