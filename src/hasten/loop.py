@@ -369,7 +369,7 @@ class _Run:
         record = {"step": self.step, "samples": session.counters["streamed"], "loss": math.nan, "lr": lr}
         self._unlogged.append((record, loss))
         # a device that runs behind is waited for now and then only
-        if loss.device.type == "cpu" or time.monotonic() - self._logged >= LOG_EVERY:
+        if not behind(loss) or time.monotonic() - self._logged >= LOG_EVERY:
             self._log()
         self.progress.step(round(self.position), self.total, self._loss)
 
@@ -444,6 +444,11 @@ class _Run:
             validation=validation, recipe=self.recipe, device=self.device, preprocessing=self.data.preprocessing(),
             seconds_attach=self.seconds_attach,
         )  # fmt: skip
+
+
+def behind(loss: Tensor) -> bool:
+    """Return whether reading ``loss`` may wait for a device that runs behind Python."""
+    return loss.device.type != "cpu"
 
 
 def counted(spans: dict[str, float]) -> float:
