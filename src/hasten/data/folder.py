@@ -58,7 +58,11 @@ def load_folder(path: Path, size: int | None = None) -> DataSet:
             train, test = train.cut(HELD)
         name, notes = held_name(name), [*notes, held_note(len(test))]
     # Photographs of things keep their label in the mirror, which is what such folders hold as a rule.
-    return DataSet(name, train, test, True, images.get("validation"), size, tuple(notes))
+    signs = all(len(label) == 1 for label in classes)
+    if signs:
+        notes.append("the classes are named by single letters or digits, so flips are left out (replace(data, flip_ok=True) "
+                     "allows them)")  # fmt: skip
+    return DataSet(name, train, test, not signs, images.get("validation"), size, tuple(notes))
 
 
 def check_size(size: int | None) -> None:

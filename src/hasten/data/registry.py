@@ -48,17 +48,17 @@ def load(
             return embedded_set.load_embedded()
         return _load_standard(text, STANDARD[text], None if root is None else Path(root), download)
     path = Path(name).expanduser()
-    if not (
-        isinstance(name, Path) or path.exists() or os.sep in text or "/" in text or text.endswith(".npz")
-    ):
-        raise errors.unknown("data set", text, available(), DataError)
+    looks_like_path = isinstance(name, Path) or os.sep in text or "/" in text or text.endswith(".npz")
+    # An empty name would be the current folder.
+    if not text.strip() or not (looks_like_path or os.path.exists(path)):
+        raise errors.unknown("data set", text[:200], available(), DataError)
     if root is not None or download:
         raise DataError(f"root and download are for named data sets, not for the path {path}.")
     return _load_path(path, size)
 
 
 def _load_path(path: Path, size: int | None) -> DataSet:
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"there is no file or folder {path}. Named data sets: {', '.join(available())}.")
     if path.is_file():
         if path.suffix != ".npz":
