@@ -90,6 +90,7 @@ def test_own_network_with_adamw_and_label_smoothing(hers: Path, capsys: pytest.C
     assert "label_smoothing" in config
 
 
+@pytest.mark.slow
 def test_kill_and_resume(hers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "train",
@@ -121,6 +122,7 @@ def test_kill_and_resume(hers: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert done == list(range(1, 3 * 60 + 1)), "each step exactly once"
 
 
+@pytest.mark.slow
 def test_export_and_predict_elsewhere(hers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = hasten(capsys, "train", "--data", "photos", *FAST, "--epochs", "6", "--out", "run", "--json")
     assert said.code == 0, said.err
@@ -154,6 +156,7 @@ print(right / seen)
     assert float(told.stdout) == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_compare_two_methods_in_a_notebook(hers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = """
 import hasten
