@@ -403,10 +403,11 @@ def test_folders_of_other_shapes_say_how_to_arrange(tmp_path: Path) -> None:
 
 def test_a_class_without_test_images_is_told(tmp_path: Path) -> None:
     two_classes(tmp_path)
-    image(tmp_path / "train/owl/0.png")
+    image(tmp_path / "train/ant/0.png")
     data = load(tmp_path)
-    assert data.classes == ("cat", "dog", "owl")
-    assert data.notes == ("classes without test images (1): owl",)
+    assert data.classes == ("ant", "cat", "dog")
+    assert data.test.labels.tolist() == [1, 1, 2, 2]
+    assert data.notes == ("classes without test images (1): ant",)
     assert check_folder(tmp_path).ok
 
 
