@@ -9,6 +9,7 @@ from hasten.comparison import target
 from hasten.comparison.arms import Arm
 from hasten.comparison.curves import Record, Shares
 from hasten.comparison.judge import judged
+from hasten.comparison.rows import MARGIN
 from hasten.measure.curve import TimeCurve
 from hasten.measure.environment import environment
 from hasten.report import schema
@@ -48,6 +49,7 @@ def summarise(
                 "accuracy": aim.accuracy if aim else (goal or 0.0),
                 "chosen": aim.chosen if aim else "no arm finished",
                 "rule": target.RULE,
+                "margin": MARGIN / 100,
             },
             "settings": settings,
             "environment": {k: v if isinstance(v, str | int | float | bool | None) else str(v)
@@ -78,7 +80,6 @@ def _notes(
     known: Mapping[str, TimeCurve],
 ) -> list[str]:
     n = max(row["accuracy"]["n"] for row in rows)
-    disturbed = sum(bool(r["disturbed"]) for r in records)
     notes = [
         "The clock counts data, augmentation, forward, backward, optimizer, compilation and everything a method adds, "
         "attaching it included, from the first step and without warm-up; evaluation, saving and imports are outside it.",
@@ -87,11 +88,6 @@ def _notes(
     ]
     if n < 5:
         notes.append(f"With {n} seeds an accuracy difference below about half a point says nothing.")
-    if disturbed:
-        notes.append(
-            f"Beside {disturbed} of {len(records)} runs other processes used the machine; their accuracies count, their "
-            f"times do not."
-        )
     if aim is not None and (
         low := [row["label"] for row in rows if row["name"] in known and not row["sets_target"]]
     ):
@@ -102,8 +98,6 @@ def _notes(
     idle = sorted({r["arm"] for r in records if r.get("idle") and r["share"] < 1})
     if idle:
         notes.append(f"{', '.join(idle)}: budgets too short for the method to act are left out of the curve.")
-    if any(r.get("resumed") for r in records):
-        notes.append("Some runs were interrupted and went on from their own checkpoint.")
     sizes = {row["settings"].get("batch_size") for row in rows}
     if len(sizes) > 1:
         notes.append(f"Batch sizes differ between arms: {', '.join(map(str, sorted(sizes, key=str)))}.")
