@@ -31,6 +31,16 @@ SOURCES = {
     "peer": "another project's figure",
 }
 NOT_MEASURED = "not measured here"
+NO_GAIN = (
+    "does not reach",
+    "not measured",
+    "not shown",
+    "later",
+    "too wide",
+    "one seed",
+    "no figure",
+    "at most",
+)
 
 
 class Claim(NamedTuple):
@@ -49,9 +59,9 @@ class Claim(NamedTuple):
 
     @property
     def is_gain(self) -> bool:
-        """Whether it shows something saved: less, or a ratio whose verdict, where there is one, is "faster" or "sooner"."""
+        """Whether it shows something saved: less, or a ratio whose verdict, where there is one, is "faster"."""
         verdict = re.search(r"\d+\.\d+x(?: \[[^\]]*\])?: ([^;(]*)", self.text)
-        return verdict is None or verdict[1].strip() in ("faster", "sooner")
+        return not self.text.startswith(NO_GAIN) and (verdict is None or verdict[1].strip() == "faster")
 
 
 @cache
@@ -88,13 +98,18 @@ def claims(folder: Path = RESULTS) -> list[Claim]:
     return found
 
 
-def chosen(selector: dict[str, str], method: str | None = None) -> Claim | None:
-    """Return the first claim that ``selector`` of cards.toml names, or None where that was not measured."""
+def chosen(selector: dict[str, Any], method: str | None = None) -> Claim | None:
+    """Return the first claim that ``selector`` of cards.toml names, or None where that was not measured.
+
+    Of several beginnings of "what", the first that any claim has counts.
+    """
     method = selector.get("method", method)
-    for claim in claims():
-        fits = claim.result == selector["result"] and claim.what.startswith(selector["what"])
-        if fits and (method is None or method in claim.methods):
-            return claim
+    beginnings = selector["what"] if isinstance(selector["what"], list) else [selector["what"]]
+    for begin in beginnings:
+        for claim in claims():
+            fits = claim.result == selector["result"] and claim.what.startswith(begin)
+            if fits and (method is None or method in claim.methods):
+                return claim
     return None
 
 
@@ -200,7 +215,7 @@ def markers(what: str) -> tuple[str, str]:
     return f"<!-- {what}: written by scripts/make_cards.py -->", f"<!-- end of {what} -->"
 
 
-def text_of(entry: str | dict[str, str]) -> str:
+def text_of(entry: str | dict[str, Any]) -> str:
     """Return a cell of cards.toml: words as they stand, or the claim that a selector names, in short."""
     if isinstance(entry, str):
         return entry
@@ -208,23 +223,33 @@ def text_of(entry: str | dict[str, str]) -> str:
     if claim is None:
         return NOT_MEASURED
     short = re.split(r"; (?![^(]*\))", claim.text)[0]  # not within brackets
-    figure = re.sub(r": (faster|sooner)$", "", short).replace("]: ", "], ")
+    figure = re.sub(r": faster$", "", short).replace("]: ", "], ")
     return f"{entry.get('label', claim.what)}: {figure}"
 
 
-def gains() -> list[str]:
-    """Return the README's table: what is saved, at which price."""
-    rows = []
-    for row in words()["gain"]:
-        claim = chosen(row["buys"])
-        if claim is not None and claim.is_gain:
-            rows.append([row["title"], text_of(row["buys"]), text_of(row["price"]), f"`{claim.result}`"])
-    where = dict.fromkeys(c.machine for row in words()["gain"] if (c := chosen(row["buys"])) is not None)
-    return [
-        *table(["what", "saves", "at the price of", "benchmark"], rows[:6]),
-        "",
-        *(f"On {w}." for w in where),
+def at_equal_accuracy() -> list[Claim]:
+    """Return the claims of comparisons that show an accuracy reached sooner, the surest (largest lower bound) first."""
+    shown = [
+        (float(low[1]), claim)
+        for claim in claims()
+        if claim.methods and (low := re.match(r"\d+\.\d+x \[(\d+\.\d+), \d+\.\d+\] sooner than", claim.text))
     ]
+    return [claim for _, claim in sorted(shown, key=lambda pair: -pair[0])]
+
+
+def gains() -> list[str]:
+    """Return the README's table, at most six rows: what is saved, at which price."""
+    rows, found = [], at_equal_accuracy()[:2]
+    for claim in found:
+        linked = ", ".join(f"[{name}](docs/methods/{name}.md)" for name in claim.methods)
+        saves = f"{claim.what}: {claim.text.partition('; ')[0]}"
+        rows.append([linked, saves, "nothing in accuracy", f"`{claim.result}`"])
+    for row in words()["gain"]:
+        if (buys := chosen(row["buys"])) is not None and buys.is_gain and len(rows) < 6:
+            rows.append([row["title"], text_of(row["buys"]), text_of(row["price"]), f"`{buys.result}`"])
+            found.append(buys)
+    where = dict.fromkeys(claim.machine for claim in found)
+    return [*table(["what", "saves", "at the price of", "benchmark"], rows), "", *(f"On {w}." for w in where)]
 
 
 def methods() -> list[str]:

@@ -104,6 +104,22 @@ def test_the_readme_shows_few_gains_each_with_its_interval_or_as_memory() -> Non
     assert all(re.search(r"\d\.\d\dx \[\d\.\d\d, \d\.\d\d\]|less", row.split(" | ")[1]) for row in rows[2:])
 
 
+def test_what_is_sooner_at_equal_accuracy_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def claim(text: str) -> object:
+        return make_cards.Claim("result", "time to 70.00%, resnet20", text, ("actnn",), "here")
+
+    texts = [
+        "1.2x [1.10, 1.30] sooner than strong",
+        "1.5x [1.40, 1.60] sooner than strong; 3x",
+        "not shown: 2x [0.90, 3.00]",
+    ]
+    monkeypatch.setattr(make_cards, "claims", lambda: [claim(text) for text in texts])
+    monkeypatch.setattr(make_cards, "chosen", lambda *_: None)
+    first, second = [row for row in make_cards.gains() if "resnet20" in row]
+    assert "1.5x [1.40, 1.60] sooner than strong |" in first
+    assert "1.2x [1.10, 1.30]" in second
+
+
 @pytest.mark.parametrize(
     ("text", "gain"),
     [
@@ -113,6 +129,12 @@ def test_the_readme_shows_few_gains_each_with_its_interval_or_as_memory() -> Non
         ("0.86x [0.83, 0.88]: slower", False),
         ("1.03x [0.98, 1.08]: not shown; 0.83x over plain", False),
         ("1.59x: target accuracy not reached; 4.93x over plain", False),
+        ("1.25x [1.10, 1.40] sooner than strong; 2.30x [2.11, 2.50] sooner than plain", True),
+        ("does not reach it; 2.30x [2.11, 2.50] sooner than plain", False),
+        ("not shown: 1.03x [0.98, 1.08] over strong", False),
+        ("later: at most 0.90x over strong", False),
+        ("one seed, no interval: 1.96x over strong", False),
+        ("too wide to say: 1.5x [0.2, 9.0] over strong", False),
         ("1.52x [1.49, 1.56]: faster, not claimed: the A/A test failed", False),
     ],
 )
