@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten import Session, compare, method, models
-from hasten.comparison import Arm, Comparison
+from hasten.comparison import Arm, Comparison, Told
 from hasten.contract import Method
 from hasten.data import DataSet, load
+from hasten.errors import HastenError
 from hasten.measure.environment import source_version
 from hasten.measure.load import Load, Watch
 from hasten.measure.paired import paired_steps
 from hasten.measure.store import result_file
+from hasten.report.schema import Arm as Row
+from hasten.report.schema import Versus
 
 WORK = Path(os.environ.get("HASTEN_BENCH", "runs/benchmarks"))
 Step = Callable[[], None]
@@ -165,6 +169,20 @@ def store(name: str, values: dict[str, Any], smoke: bool, claims: Sequence[dict[
         print(f"stored {result_file(name, values)}")
 
 
+class Printed(Told):
+    """Prints what a comparison tells: its plan, and a line a run."""
+
+    def say(self, line: str) -> None:
+        """Print the line."""
+        print(line, flush=True)
+
+    def run(self, done: int, planned: int, record: dict[str, Any]) -> None:
+        """Print what the run came to."""
+        what = record["failure"] or f"{100 * record['accuracy']:.2f}% in {record['seconds_train']:.1f} s"
+        where = f"{record['arm']} at {record['share']:.0%}, seed {record['seed']}"
+        print(f"{done}/{planned} {where}: {what} {', '.join(record['disturbed'])}".rstrip(), flush=True)
+
+
 def to_accuracy(
     name: str,
     model: str,
@@ -172,79 +190,119 @@ def to_accuracy(
     arms: Sequence[Arm],
     *,
     seeds: int,
-    target: float | str,
     smoke: bool,
+    target: float | None = None,
+    budgets: Sequence[float] | None = None,
+    aa_pairs: int = 3,
+    smoke_epochs: float = 1.0,
     **cut: Any,
 ) -> Comparison:
-    """Run the arms to their accuracies, seeds interleaved, resuming what is stored under ``runs/benchmarks/NAME``.
+    """Compare the arms at equal accuracy, resuming what is stored under ``runs/benchmarks/NAME``.
 
-    A smoke run trains each arm once for a few steps on a few images.
+    target, budgets: as in `hasten.compare`. A smoke run trains each arm for ``smoke_epochs`` and half of that, on a few
+    images.
     """
     if smoke:
-        cut = {**cut, "train": 320, "test": 100}
-        arms = [
-            dataclasses.replace(
-                arm, recipe=arm.recipe.with_(epochs=1.0, batch_size=min(64, arm.recipe.batch_size))
-            )
-            for arm in arms
-        ]
+        cut = {**cut, "train": min(320, data.train_count), "test": min(100, data.test_count)}
+        arms = [shortened(arm, smoke_epochs) for arm in arms]
         with tempfile.TemporaryDirectory() as folder:
-            return compare(
-                model,
-                data,
-                arms=arms,
-                seeds=[0],
-                target=target,
-                out=Path(folder) / name,
-                isolate=False,
-                **cut,
-            )
-
-    def tell(done: int, total: int, record: dict[str, Any]) -> None:
-        what = record["failure"] or f"{100 * record['accuracy']:.2f}% in {record['seconds_train']:.1f} s"
-        print(
-            f"{done}/{total} {record['arm']} seed {record['seed']}: {what} {record['disturbed'] or ''}",
-            flush=True,
-        )
-
-    finished = compare(model, data, arms=arms, seeds=range(seeds), target=target, out=WORK / name, title=name, tell=tell,
-                       command=f"make bench BENCH={name}", **cut)  # fmt: skip
+            return compare(model, data, arms=arms, seeds=1, budgets=(0.5,), aa_pairs=0, compile=False, isolate=False,
+                           out=Path(folder) / name, **cut)  # fmt: skip
+    finished = compare(model, data, arms=arms, seeds=seeds, target=target, budgets=budgets, aa_pairs=aa_pairs,
+                       out=WORK / name, title=name, command=f"make bench BENCH={name}", told=Printed(), **cut)  # fmt: skip
     print("\n".join(finished.lines()), flush=True)
     return finished
 
 
+def shortened(arm: Arm, epochs: float = 1.0) -> Arm:
+    """Return the arm for a smoke run: few epochs of small batches."""
+    recipe = arm.recipe.with_(epochs=epochs, batch_size=min(64, arm.recipe.batch_size))
+    return dataclasses.replace(arm, recipe=recipe)
+
+
 def accuracy_claims(finished: Comparison, at_least: float) -> list[dict[str, Any]]:
-    """Return a claim for every method and stack of a comparison: its time to the target over strong and over plain."""
-    claims = []
-    target = f"{100 * finished.data['target']['accuracy']:.2f}%"
+    """Return a claim for every method and stack of a comparison, or for the strong baseline where there is neither."""
     settings = finished.data["settings"]
-    for arm in finished.data["arms"]:
-        versus, plain, curve = arm["vs_strong"], arm["vs_plain"], arm["vs_curve"]
-        if arm["kind"] not in ("method", "stack") or versus is None or versus["ratio"] is None:
-            continue
-        names = [text.partition("(")[0] for text in arm["methods"]]
-        span = (
-            f" [{versus['lo']:.2f}, {versus['hi']:.2f}]"
-            if versus["lo"] is not None and versus["hi"] is not None
-            else ""
-        )
-        text = f"{versus['ratio']:.2f}x{span}: {versus['verdict']}"
-        if plain and plain["ratio"]:
-            text += f"; {plain['ratio']:.2f}x over plain"
-        if curve and curve["ratio"]:
-            text += f"; {curve['ratio']:.2f}x over a strong baseline of equal accuracy"
-        if arm["accuracy"]["mean"] is not None:
-            text += f"; accuracy {100 * arm['accuracy']['mean']:.2f}%"
-        if arm["work_reduction"] is not None:
-            text += f"; {1 - arm['work_reduction']:.2f}x plain's MACs"
-        what = f"time to {target}, {settings['model']} on {settings['dataset']} ({settings['train']} images)"
-        # training the strong baseline for less must not do as well
-        better = curve is None or curve["ratio"] is None or curve["ratio"] > 1
-        met = versus["verdict"] == "faster" and versus["ratio"] >= at_least and better
+    where = f"{settings['model']} on {settings['dataset']} ({settings['train']} images)"
+    return claims_of(finished.data["arms"], finished.data["target"]["accuracy"], where, at_least)
+
+
+def claims_of(rows: Sequence[Row], goal: float, where: str, at_least: float) -> list[dict[str, Any]]:
+    """Return the claims of the rows of a report: how much sooner each arm is at ``goal`` than the baselines.
+
+    at_least: our own target for the ratio to the strongest baseline.
+    """
+    bases = {row["kind"]: row for row in rows if row["kind"] in ("baseline", "strong")}
+    shown = [row for row in rows if row["kind"] not in bases] or [bases["strong"]]
+    base = bases["baseline"] if shown[0]["kind"] == "strong" else bases["strong"]
+    own = [_added(row, base) for row in shown]
+    claims = []
+    for row, names in zip(shown, own, strict=True):
+        versus = [(row["vs_strong"], bases.get("strong")), (row["vs_plain"], bases.get("baseline"))]
+        against = [(v, other) for v, other in versus if v is not None and other is not None]
+        text = "; ".join(dict.fromkeys(in_words(v, other["name"]) for v, other in against))
+        mean, theirs = row["accuracy"]["mean"], base["accuracy"]["mean"]
+        if mean is not None and theirs is not None:
+            text += f"; full budget {100 * mean:.2f}% against {base['name']}'s {100 * theirs:.2f}%"
+        what = f"time to {100 * goal:.2f}%, {where}" + (f", {row['name']}" if own.count(names) > 1 else "")
+        first = against[0][0]
+        met = first["verdict"] == "sooner" and (first["ratio"] or first["lo"] or 0.0) >= at_least
         claims.append(
-            claim(names, what, text, target=f">= {at_least:g}x over strong, > 1x at equal accuracy", met=met)
+            claim(names, what, text, target=f">= {at_least:g}x sooner than {base['name']}", met=met)
         )
     return claims
+
+
+def _added(row: Row, base: Row) -> list[str]:
+    """Return the names of the methods that an arm adds to the baseline."""
+    names = [[text.partition("(")[0] for text in each["methods"]] for each in (row, base)]
+    return [name for name in names[0] if name not in names[1]] or names[0]
+
+
+def in_words(versus: Versus, base: str) -> str:
+    """Return what a ratio of times to one accuracy and its interval say, in a few words."""
+    low, high = versus["lo"], versus["hi"]
+    if versus["verdict"] == "not reached":
+        return "does not reach it"
+    if versus["verdict"] == "not measured":
+        return f"not measured: {versus['reason']}"
+    if versus["ratio"] is not None:
+        figure = f"{versus['ratio']:.2f}x"
+        if low is not None and high is not None:
+            figure += f" [{low:.2f}, {high:.2f}]"
+    elif low is not None and versus["verdict"] != "later":
+        figure = f"at least {low:.2f}x"
+    elif high is not None and versus["verdict"] != "sooner":
+        figure = f"at most {high:.2f}x"
+    else:
+        figure = "no figure"
+    if versus["verdict"] == "sooner":
+        return f"{figure} sooner than {base}"
+    word = {"too wide": "too wide to say", "one seed": "one seed, no interval"}.get(versus["verdict"])
+    note = f" ({versus['note'] or versus['reason']})" if versus["note"] or versus["reason"] else ""
+    return f"{word or versus['verdict']}: {figure} over {base}{note}"
+
+
+def at_full_budget(finished: Comparison, name: str) -> dict[str, float]:
+    """Return the mean training MACs, seconds and accuracy of an arm's runs at its full budget. Raises HastenError without any."""
+    row = next(arm for arm in finished.data["arms"] if arm["name"] == name)
+    runs = [run for point in row["points"][-1:] for run in point["runs"] if run["failure"] is None]
+    if not runs:
+        raise HastenError(f"no run of {name} at its full budget finished.")
+    return {
+        "macs": fmean(run["macs"] or 0.0 for run in runs),
+        "seconds": fmean(run["seconds"]["train"] for run in runs),
+        "accuracy": fmean(run["accuracy"] or 0.0 for run in runs),
+    }
+
+
+def beside(finished: Comparison, arm: str, base: str) -> str:
+    """Return work, time and accuracy of an arm at its full budget beside those of ``base`` at its own."""
+    ours, theirs = at_full_budget(finished, arm), at_full_budget(finished, base)
+    return (
+        f"{ours['macs'] / theirs['macs']:.2f}x the MACs in {ours['seconds'] / theirs['seconds']:.2f}x the time, "
+        f"accuracy {100 * ours['accuracy']:.2f}% against {100 * theirs['accuracy']:.2f}%"
+    )
 
 
 def shared_set(name: str, present: str) -> DataSet:
