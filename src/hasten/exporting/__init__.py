@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.exporting.export import Exported, export
+from hasten.exporting.to_file import Exported, export
 from hasten.exporting.stored import StoredRun, load, load_run
 from hasten.exporting.trained import Predictions, Trained
 
