@@ -26,7 +26,7 @@ from benchmarks.common import claim, kept, store
 
 CLAIM = "comparisons of known truth: false 'sooner' <= 3%, 95% intervals hold the truth in 93 to 97%, 1.3x found in >= 80%"
 MINUTES = (
-    35  # for 1,000 repetitions on 2 quiet cores; HASTEN_REPETITIONS gives another number; every cell is kept
+    35  # for 1,000 repetitions on 2 quiet cores; HASTEN_REPETITIONS sets their number; every cell is kept
 )
 SEEDS = (3, 5, 10)
 NAME = "answer_simulation"
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
     def ratio(self) -> float:
         """The true ratio of the geometric mean times: a stall multiplies a time by 1.3."""
         baselines, method = NOISE[self.noise]
-        return TRUTHS[self.truth][0] * 1.3 ** (baselines - method)
+        return float(TRUTHS[self.truth][0] * 1.3 ** (baselines - method))
 
 
 CELLS = [Cell(*parts) for parts in itertools.product(TRUTHS, CURVES, NOISE, SEEDS)]
@@ -146,7 +146,7 @@ def claims_of(rows: list[dict[str, Any]], repetitions: int) -> list[dict[str, An
         return claim([], what, value, target=aim, met=least <= found[key] <= most)
 
     def both_sides(row: dict[str, Any]) -> bool:
-        return row["noise"] != "skewed method only"
+        return bool(row["noise"] != "skewed method only")
 
     return [
         worst("false 'sooner' in the table", "sooner", none_true, max, 0.0, 0.03),
