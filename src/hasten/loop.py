@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ def fit(
     out: str | Path | None = None,
     save_every: float = 60.0,
     progress: Progress = silent,
-    allow_no_effect: bool = False,
+    allow_no_effect: bool | Collection[str] = False,
     device: str | None = None,
     on_step: Callable[[int], None] | None = None,
     init: str | Path | Mapping[str, Tensor] | None = None,
@@ -139,7 +139,7 @@ class _Run:
         seed: int,
         out: Path | None,
         progress: Progress,
-        allow_no_effect: bool,
+        allow_no_effect: bool | Collection[str],
         device: str,
         init: str | Path | Mapping[str, Tensor] | None,
         loss: Loss | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -62,7 +62,7 @@ class Session:
     rate times their growth; None while no method has asked. ``fit`` does so.
 
     Raises ConflictError if two methods claim one place, NoEffectError if a method would change nothing (unless
-    ``allow_no_effect``), UnsupportedError if one cannot work here. Nothing is changed before all have agreed.
+    ``allow_no_effect``, True for all or a list of names), UnsupportedError if one cannot work here. Nothing is changed before all have agreed.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Session:
         loss: losses.Loss | None = None,
         seed: int = 0,
         total_samples: int | None = None,
-        allow_no_effect: bool = False,
+        allow_no_effect: bool | Collection[str] = False,
         check_gradients: bool = False,
         clock: Clock | None = None,
         accumulate: int = 1,
@@ -531,7 +531,7 @@ class Session:
         return model.eval()
 
     # -- construction
-    def _attach(self, allow_no_effect: bool) -> None:
+    def _attach(self, allow_no_effect: bool | Collection[str]) -> None:
         # what any method asks of the session is settled first, so that attaching cannot fail halfway for it
         self._per_example = any("per_example_loss" in m.spec.requires for m in self.methods)
         self._needs_index = [m.spec.name for m in self.methods if "index" in m.spec.requires]
@@ -561,10 +561,13 @@ class Session:
         self.surgery.forget()
         check_training_state(self.model, self.optimizers)
 
-    def _agreed(self, method: Method, allow_no_effect: bool) -> Effect:
+    def _agreed(self, method: Method, allow_no_effect: bool | Collection[str]) -> Effect:
         with self.clock.span("method"):
             effect = method.attach(self)
-        if not effect.touched and not allow_no_effect:
+        allowed = (
+            allow_no_effect if isinstance(allow_no_effect, bool) else method.spec.name in allow_no_effect
+        )
+        if not effect.touched and not allowed:
             reasons = "\n".join(effect.lines()) or "  it found nothing it acts on"
             raise NoEffectError(
                 f"{method.spec.name} has no effect on this model; leave it out, or give allow_no_effect=True.\n{reasons}"

@@ -118,9 +118,13 @@ def compare(
         extra["seeds"] = 1 if quick else 5 if thorough else 3
         title = "hasten demo"
     else:
-        shared = [*(set_ or []), *(f"{key}={value}" for key, value in
-                                   (("epochs", epochs), ("lr", lr), ("batch_size", batch_size), ("optimizer", optimizer))
-                                   if value is not None)]  # fmt: skip
+        given = (("epochs", epochs), ("lr", lr), ("batch_size", batch_size))
+        # the optimizer first: it brings a learning rate that --lr and --set may change
+        shared = [
+            *([f"optimizer={optimizer}"] if optimizer else []),
+            *(set_ or []),
+            *(f"{key}={value}" for key, value in given if value is not None),
+        ]
         arms = usual([method_from(text) for text in method or []], recipe_from("plain", [*shared, *(plain or [])]),
                      recipe_from("strong", [*shared, *(strong or [])]), leave_one_out=leave_one_out)  # fmt: skip
         base = next(arm for arm in arms if arm.kind == "strong")

@@ -216,6 +216,8 @@ class _Course:
         base = reference(self.arms)
         data, _, _ = built(self.workload, base)
         whole = data
+        for line in getattr(data, "notes", ()):
+            self.told.say(f"Data   {line}")
         if self.target is None and _can_hold_out(data):
             self.workload = dataclasses.replace(self.workload, validation=VALIDATION)
             data = self.workload.load()
@@ -343,7 +345,7 @@ class _Course:
 
     # -- the rest
     def _notes(self, whole: Any) -> list[str]:
-        notes = []
+        notes = list(getattr(whole, "notes", ()))
         if self.workload.validation:
             notes.append(
                 f"A tenth of the training images chose the target and the budgets and was not trained on ({whole.train_count:,} images in all)."
