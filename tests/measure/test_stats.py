@@ -13,7 +13,6 @@ from hasten.measure.stats import (
     bca_interval,
     blocks_needed,
     geometric_mean,
-    mean_lower_bound,
     noninferior,
     sign_flip_p,
     speedup,
@@ -193,16 +192,6 @@ def test_noninferior_needs_two_runs_and_points() -> None:
     assert not noninferior([94.0, 94.0], [93.6, 93.6]).no_loss
     with pytest.raises(SettingsError, match="points"):
         noninferior([0.94, 0.93], [0.94, 0.95])
-
-
-def test_lower_bound_of_the_mean() -> None:
-    # mean 94, sd 1, n 4: 94 - 2.353363 / 2
-    values = [94 - math.sqrt(1.5), 94.0, 94.0, 94 + math.sqrt(1.5)]
-    assert mean_lower_bound(values) == pytest.approx(94 - 2.353363 / 2, rel=1e-7)
-    assert mean_lower_bound([99.0]) == -math.inf
-    rng = np.random.default_rng(9)
-    above = np.mean([mean_lower_bound(rng.normal(94, 0.2, 5)) > 94 for _ in range(1500)])
-    assert abs(above - 0.05) <= 0.018
 
 
 def test_the_interval_of_a_difference_holds_it_in_95_of_100() -> None:

@@ -337,7 +337,7 @@ def test_a_teacher_that_is_handed_over_shows_in_the_settings_by_its_digest() -> 
     assert eval(repr(method)).settings() == method.settings()
     assert all(isinstance(v, str | int | float | tuple) for v in method.settings().values())
     arms = [Arm("taught", PLAIN, (m,)) for m in (method, taught(other, temperature=2.0))]
-    assert arms[0].key(0, {}) != arms[1].key(0, {})
+    assert arms[0].describe() != arms[1].describe()
     sent = pickle.loads(pickle.dumps(method))
     assert digest(sent._given) == method.teacher
     assert torch.equal(start(net(0), sent).step(*batch()), start(net(0), method).step(*batch()))

@@ -155,20 +155,6 @@ def blocks_needed(s: float, speedup: float) -> int:
     return max(5, math.ceil((2.8 * s / math.log(speedup)) ** 2 + 2 - 1e-9))
 
 
-def mean_lower_bound(accuracies: ArrayLike, confidence: float = 0.95) -> float:
-    """Return the one-sided lower t bound of the mean of ``accuracies``, shape (n,); -infinity for one run.
-
-    An arm reaches a target if this bound is at or above it.
-    """
-    from scipy.special import stdtrit
-
-    x = _finite("accuracies", accuracies)
-    _check_confidence(confidence)
-    if len(x) < 2:
-        return -math.inf
-    return float(x.mean()) - float(stdtrit(len(x) - 1, confidence)) * float(x.std(ddof=1)) / math.sqrt(len(x))
-
-
 def noninferior(
     acc_a: ArrayLike, acc_b: ArrayLike, margin: float = 0.3, *, confidence: float = 0.95
 ) -> Difference:
