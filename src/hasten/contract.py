@@ -8,6 +8,7 @@ pasted back. What it learns while training is kept apart, in attributes that end
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -137,8 +138,17 @@ class Method:
     spec: ClassVar[MethodSpec]
 
     def __post_init__(self) -> None:
-        # types first: ranges can be compared only then
-        problems = wrong_types(self) or self.problems() or wrong_types(self, words=True)
+        wrong = wrong_types(self)
+        try:
+            problems = self.problems()
+        except (TypeError, ValueError, AttributeError):
+            if not wrong:
+                raise
+            problems = []  # ranges of the wrong type cannot be compared
+        # a method's own sentence about a setting says more than its type does
+        wrong = wrong or ([] if problems else wrong_types(self, words=True))
+        own = set(re.findall(r"\w+", " ".join(problems)))
+        problems = [w for w in wrong if w.partition(" ")[0] not in own] + problems
         if problems:
             raise SettingsError(f"{self.spec.name}: " + " ".join(problems))
 
