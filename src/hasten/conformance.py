@@ -315,7 +315,7 @@ def works_under(name: str, change: Callable[[Session], None]) -> Callable[[Subje
 
 
 def _autocast(session: Session) -> None:
-    forward = session.forward
+    forward: Callable[[Tensor], Tensor] = session.forward
 
     def cast(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -95,8 +95,9 @@ class Plain:
     def before_step(self, step: float, scale: float = 1.0) -> float:
         factor, largest = self.recipe.factor(min(1.0, step / self.total)), 0.0
         for optimizer, rates in zip(self.optimizers, self.highest, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor * scale
+            for number, group in enumerate(optimizer.param_groups):
+                # a group that a method has added trains at the rate of the first
+                group["lr"] = rates[number if number < len(rates) else 0] * factor * scale
                 largest = max(largest, group["lr"])
         return largest
 
