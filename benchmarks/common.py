@@ -296,11 +296,15 @@ def at_full_budget(finished: Comparison, name: str) -> dict[str, float]:
     }
 
 
-def beside(finished: Comparison, arm: str, base: str) -> str:
-    """Return work, time and accuracy of an arm at its full budget beside those of ``base`` at its own."""
+def beside(finished: Comparison, arm: str, base: str, *, work: bool = True) -> str:
+    """Return work, time and accuracy of an arm at its full budget beside those of ``base`` at its own.
+
+    work: False leaves the MACs out, where the method does not count what it saves.
+    """
     ours, theirs = at_full_budget(finished, arm), at_full_budget(finished, base)
+    macs = f"{ours['macs'] / theirs['macs']:.2f}x the MACs in " if work else ""
     return (
-        f"{ours['macs'] / theirs['macs']:.2f}x the MACs in {ours['seconds'] / theirs['seconds']:.2f}x the time, "
+        f"{macs}{ours['seconds'] / theirs['seconds']:.2f}x the time, "
         f"accuracy {100 * ours['accuracy']:.2f}% against {100 * theirs['accuracy']:.2f}%"
     )
 
