@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tests.comparison.data import small_data, two_arms
 
-from hasten import HastenError, compare, keyed, method
+from hasten import HastenError, compare, fit, keyed, method
 from hasten.comparison import Arm, baselines, demo_arms, stacks, usual
 from hasten.comparison.answer import outcome
 from hasten.comparison.judge import judged
 from hasten.comparison.summary import summarise
 from hasten.errors import ConflictError, SettingsError
+from hasten.loop import counted
 from hasten.measure.curve import Span
 from hasten.recipe import STRONG
 from hasten.report.schema import Noise, Settings
@@ -280,3 +281,29 @@ def test_the_demo_names_both_baselines() -> None:
     arms, settings = demo_arms()
     assert [a.kind for a in arms][:2] == ["baseline", "strong"]
     assert settings["data"] == "fashion-mnist-12k"
+
+
+@pytest.mark.parametrize(("lost", "no_loss"), [(0.001, True), (0.005, False), (0.02, False)])
+def test_no_loss_is_said_up_to_three_tenths_of_a_point(lost: float, no_loss: bool) -> None:
+    rows = [{"arm": a, "share": 1.0, "seed": s, "block": s, "failure": None, "accuracy": 0.9 + 0.0001 * s - (lost if a == "m" else 0),
+             "seconds_train": 1.0, "disturbed": [], "idle": []} for a in ("strong", "m") for s in range(4)]  # fmt: skip
+    versus = judged(ARMS[1:], {"strong": (1.0,), "m": (1.0,)}, rows, goal=0.5, aa=GOOD).rows[1]["accuracy"][
+        "vs_strong"
+    ]
+    assert versus is not None
+    assert versus["noninferior"] is no_loss
+
+
+def test_evaluation_saving_and_set_up_are_no_training_time_and_attaching_is() -> None:
+    spans = {"data": 1.0, "forward": 2.0, "backward": 4.0, "optimizer": 8.0, "method": 16.0, "compile": 32.0,
+             "eval": 64.0, "save": 128.0, "setup": 256.0}  # fmt: skip
+    assert counted(spans) == 63.0
+    result = fit(
+        "lenet",
+        small_data(),
+        [method("error_map_pruning")],
+        recipe=STRONG.with_(epochs=1, batch_size=16, lr=0.01),
+    )
+    assert result.spans["eval"] > 0
+    assert result.seconds_train == pytest.approx(counted(result.spans))
+    assert 0 < result.seconds_attach <= result.spans["method"]

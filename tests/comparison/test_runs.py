@@ -88,6 +88,7 @@ def test_the_whole_course_with_its_aa_test_and_first_pass(tmp_path: Path) -> Non
     }
     assert all(one == {5, 9} for per in seeds.values() for one in per)
     assert all(arm["points"][-1]["share"] == 1.0 and len(arm["points"]) >= 3 for arm in found.data["arms"])
+    assert found.data["aa"] is None or found.data["aa"]["n"] <= 3
     assert any(line.startswith("Plan ") and "predicted" in line for line in told.lines)
     # the validation images were cut from the training images, and every run was judged on them
     assert found.data["settings"]["train"] == 87
