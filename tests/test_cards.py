@@ -25,7 +25,7 @@ WRITTEN = re.compile(
 FIGURE = re.compile(
     r"(?<![\w.])\d+(?:\.\d+)?(?:x(?!\d)|×| ?%| points\b| ?(?:ms|s|seconds|minutes|hours|MB|MiB|GB|GiB|kB)\b)"
 )
-EXPLAINED = {"95%", "1.25x", "80 s", "100 s"}
+EXPLAINED = {"99%", "95%", "1.25x", "80 s", "100 s"}
 """Figures of an explanation, not of a measurement: the kind of interval, and the example of a ratio."""
 
 

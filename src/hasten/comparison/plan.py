@@ -104,7 +104,7 @@ def probe(run: Callable[[Arm, float], Record], arm: Arm, steps_an_epoch: int) ->
     """Time a few steps of ``arm`` in a run of its own. Raises HastenError with the run's failure if it has one."""
     steps = max(1, round(arm.recipe.epochs * steps_an_epoch))
     record = run(arm, min(1.0, (PROBE_STEPS + 0.25) / steps))
-    if record["failure"]:
+    if record["failure"] and not record.get("idle"):  # too short for a method to act says nothing of its run
         raise HastenError(f"{arm.name} cannot be run: {record['failure']}")
     step = record["step_seconds"] or record["seconds_train"] / max(1, record["steps"])
     attach = record["seconds_attach"]

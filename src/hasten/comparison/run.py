@@ -350,6 +350,8 @@ class _Course:
             notes.append(
                 f"A tenth of the training images chose the target and the budgets and was not trained on ({whole.train_count:,} images in all)."
             )
+        elif self.target is None and whole.has_validation:
+            notes.append("The data's own validation images chose the target and the budgets.")
         elif self.target is None:
             notes.append(
                 "The target was chosen on the test images, since no validation part can be cut from this data."
