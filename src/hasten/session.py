@@ -377,7 +377,7 @@ class Session:
 
     def _backpropagate(self, loss: Tensor, *, terms: bool = True) -> None:
         with self.clock.span("forward"):
-            if terms:
+            if terms and self._terms:
                 with self._inside():
                     loss = self._with_terms(loss)
             if self._late:
@@ -668,6 +668,9 @@ class Unlabelled(Batch):
     def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
         self.index = self.weights = self.loss = None
+
+    def __reduce__(self) -> tuple[type[Unlabelled], tuple[Tensor]]:  # a copy must not ask for the targets
+        return Unlabelled, (self.inputs,)
 
     def cut(self, start: int, stop: int) -> Batch:
         """Return the batch of the samples from ``start`` up to ``stop``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +57,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            raise SettingsError(
+                f"init: {path} holds more than tensors and plain data, and loading that could run code. Save "
+                f"model.state_dict() alone, or as .safetensors."
+            ) from error
+        said = str(error).splitlines()
         raise SettingsError(
-            f"init: {path} holds more than tensors and plain data, and loading that could run code. Save "
-            f"model.state_dict() alone, or as .safetensors."
+            f"init: {path} cannot be read: {said[0] if said else type(error).__name__}."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise SettingsError(f"init: {path} cannot be read: {str(error).splitlines()[0]}.") from error
     return tensors_in(held, str(path))
 
 

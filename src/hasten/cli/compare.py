@@ -114,8 +114,7 @@ def compare(
 
     extra: dict[str, Any]
     if demo:
-        arms, extra = demo_arms()
-        extra["seeds"] = 1 if quick else 5 if thorough else 3
+        arms, extra = demo_arms("quick" if quick else "thorough" if thorough else "usual")
         title = "hasten demo"
     else:
         given = (("epochs", epochs), ("lr", lr), ("batch_size", batch_size))
@@ -135,11 +134,11 @@ def compare(
                 Arm("+".join(names), base.recipe, (*base.methods, *chosen), "stack", "+ " + " + ".join(names))
             )
         extra = {"model": model, "data": data, "root": root, "train": train, "test": test, "seeds": seeds, "size": size,
-                 "budgets": budgets, "init": init, "target": None if target is None else _number(target)}  # fmt: skip
+                 "budgets": budgets, "init": init, "limit": limit, "target": None if target is None else _number(target)}  # fmt: skip
         title = ""
     if out is None:
         identity = json_.dumps(
-            [arm.describe() for arm in arms] + [str(v) for v in (*extra.values(), limit)], sort_keys=True
+            [arm.describe() for arm in arms] + [str(v) for v in extra.values()], sort_keys=True
         )
         name = "demo" if demo else "compare"
         out = Path("runs") / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}"
@@ -158,7 +157,7 @@ def compare(
         ["hasten", "compare", *(_demo_flags(quick, thorough) if demo else ("--config", "config.toml"))]
     )
     with program_output(quiet):
-        finished = run(**extra, arms=arms, threads=threads, limit=limit, device=device, out=out, title=title, command=command,
+        finished = run(**extra, arms=arms, threads=threads, device=device, out=out, title=title, command=command,
                        config_toml=resolved(context), told=Lines(tell))  # fmt: skip
     assert finished.folder is not None
     for line in finished.lines():

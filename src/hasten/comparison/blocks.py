@@ -106,7 +106,10 @@ def noise(runner: Runner, arm: Arm, share: float, pairs: int) -> Noise | None:
     for i in range(pairs):
         keys = [runner.runs.key(arm, share, i, copy=copy) for copy in (1, 2)]
         stored = runner.runs.block(keys)
-        a, b = (runner.one((arm, share), i, i, key, stored.get(key)) for key in keys)
+        # in turns first and second, so that a machine that gets faster or slower favours neither
+        order = (0, 1) if i % 2 == 0 else (1, 0)
+        ran = {k: runner.one((arm, share), i, i, keys[k], stored.get(keys[k])) for k in order}
+        a, b = ran[0], ran[1]
         clean_pair = not (a["disturbed"] or b["disturbed"] or a["failure"] or b["failure"])
         if clean_pair:
             first.append(a["seconds_train"])

@@ -184,10 +184,18 @@ def _server() -> Any:
 
 
 def warm_up() -> None:
-    """Start the server of fresh processes, so that no run waits for its imports."""
+    """Start the server of fresh processes, so that no run waits for its imports.
+
+    Raises UnsupportedError where a fresh process cannot import the program that calls.
+    """
     process = _server().Process(target=os.getpid, daemon=True)
     process.start()
     process.join()
+    if process.exitcode != 0:
+        raise UnsupportedError(
+            "a fresh process could not import your script, for the reason above: put the call under `if __name__ == "
+            '"__main__":`, or give compare(..., isolate=False).'
+        )
 
 
 def fresh_process(
