@@ -19,7 +19,7 @@ from hasten.logs import Logs
 from hasten.loop import fit
 from hasten.recipe import Recipe
 
-from .support import CLASSES, PER_EPOCH, RECIPE, STEPS, assert_same, data, final, images, net, steps
+from .support import PER_EPOCH, RECIPE, STEPS, assert_same, data, final, net, steps
 
 
 def test_a_diverging_run_stops_before_the_update_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
