@@ -70,7 +70,9 @@ def test_what_is_refused() -> None:
 def test_one_cycle_is_pytorchs(warmup: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     total = 1000
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total + 1, pct_start=warmup)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total + 1, pct_start=warmup
+    )
     for step in range(total + 1):
         # PyTorch's phases end one step before the shares say
         assert schedules.one_cycle(step / total, warmup) == pytest.approx(theirs.get_last_lr()[0], abs=0.02)
