@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from hasten.comparison.arms import Arm, baselines
@@ -22,4 +23,5 @@ def demo_arms(form: Form = "usual") -> tuple[list[Arm], dict[str, Any]]:
     strong = RECIPES["record-small"].with_(epochs=2.0, batch_size=256)
     settings = {"model": "record-small", "data": "fashion-mnist-12k", "train": 4000, "test": 1000, "budgets": (0.35, 0.6),
                 "seeds": SEEDS[form], "limit": LIMITS[form]}  # fmt: skip
-    return baselines(PLAIN.with_(epochs=2.0, lr=0.1), strong), settings
+    plain, base = baselines(PLAIN.with_(epochs=2.0, lr=0.1), strong)
+    return [plain, dataclasses.replace(base, label="strong (record recipe, bf16, NHWC)")], settings

@@ -151,7 +151,8 @@ def fitted(
     changes = list(plan.changes)
     epochs = max(scale, least)
     plan = _scaled(plan, epochs)
-    changes.append(f"{longest * epochs:.3g} epochs instead of {longest:g}")
+    if epochs < 1:
+        changes.append(f"{longest * epochs:.3g} epochs instead of {longest:g}")
     if scale < least:
         share = max(_scale(plan, room), min(1.0, max(LEAST_IMAGES, 10 * classes) / images))
         if share < 1 and can_cut:
