@@ -19,7 +19,7 @@ class Lines(Told):
         self._first = -1
         self._tty = sys.stderr.isatty()
         self._shown, self._width = time.monotonic(), 0
-        self._left = ""
+        self._left, self._told_busy = "", False
 
     def say(self, line: str) -> None:
         self._clear()
@@ -34,7 +34,10 @@ class Lines(Told):
         self._left = f"left {left:4.0f} s"
         what = f"failed: {str(record['failure']).splitlines()[0]}" if record["failure"] else (
             f"{100 * record['accuracy']:5.2f}% in {record['seconds_train']:6.2f} s")  # fmt: skip
-        busy = "  (something else used the machine)" if record["disturbed"] else ""
+        busy = "   busy" if record["disturbed"] else ""
+        if busy and not self._told_busy:
+            self._told_busy = True
+            busy += ": other processes used the machine, so this time will not count"
         self.say(f"Train  {done:>3}/{max(planned, done)}  {record['arm']:24} {record['share']:>4.0%}  seed {record['seed']}  {what}   {self._left}{busy}")  # fmt: skip
 
     def live(self, what: str, step: int, total: int) -> None:

@@ -24,8 +24,8 @@ MARGIN = 0.92
 USUAL = (1.0, 2.0**-0.5, 0.5)
 """Shares an arm is counted with before the first pass has told."""
 
-COMPILE_FROM = 120.0
-"""Seconds of a full strong run from which it is tried whether torch.compile pays (our choice)."""
+COMPILE_FROM = 900.0
+"""Seconds of a full strong run from which it is tried whether torch.compile pays (our choice: compiling takes a minute or two)."""
 
 
 @dataclass(frozen=True)

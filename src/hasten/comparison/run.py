@@ -210,6 +210,7 @@ class _Course:
     fixed: tuple[float, ...] | None
     pairs: int
     compile: bool
+    _probing: str = "a few steps"
 
     def run(self, title: str, command: str, config_toml: str) -> ReportData:
         """Plan, run, and return the report's data."""
@@ -285,8 +286,9 @@ class _Course:
         costs: dict[str, Cost] = {}
         if self.isolate:
             warm_up()
+        self.told.say(f"Probe  timing a few steps of {', '.join(arm.name for arm in self.arms)}")
         for arm in self.arms:
-            self.told.live(f"timing a few steps of {arm.name}", len(costs), len(self.arms))
+            self._probing = f"a few steps of {arm.name}"
             costs[arm.name] = probe(self._probe, arm, steps(arm))
         arms, words = self.arms, ""
         if self.compile:
@@ -301,7 +303,9 @@ class _Course:
     def _probe(self, arm: Arm, share: float) -> Record:
         begun = time.monotonic()
         run = fresh_process if self.isolate else run_arm
-        record = run(self.workload, arm, share, 0)
+        record = run(
+            self.workload, arm, share, 0, None, lambda step, total: self.told.live(self._probing, step, total)
+        )
         return {**record, "wall": time.monotonic() - begun}
 
     # -- the runs
