@@ -18,14 +18,14 @@ from hasten.checkpoint import Loaded, StopSignal, Store, claim_folder, folder_lo
 from hasten.contract import Effect, Method
 from hasten.data import as_data
 from hasten.devices import training_device
-from hasten.errors import CheckpointError, HastenError, UnsupportedError
+from hasten.errors import CheckpointError, HastenError, SettingsError, UnsupportedError, unknown
 from hasten.evaluation import check_network, check_task, measured
 from hasten.logs import Logs
 from hasten.loss import Loss, cross_entropy, understood
 from hasten.measure.clock import Clock, device_sync
 from hasten.own_loop import Budget, TrainFunction, TrainingData
 from hasten.progress import Now, Progress, silent
-from hasten.recipe import STRONG, Recipe
+from hasten.recipe import RECIPES, STRONG, Recipe
 from hasten.regimen import Maker, regimen, whiten
 from hasten.run_identity import identity_of, source_of
 from hasten.session import Session
@@ -69,7 +69,7 @@ def fit(
     data: Any = "fashion-mnist-12k",
     methods: Sequence[Method | str] | Method | str = (),
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     save_every: float = 60.0,
@@ -111,7 +111,7 @@ def fit(
             out = claim_folder(Path(out))
             stack.enter_context(folder_lock(out))
         run = _Run(
-            model, data, methods, recipe=recipe or STRONG, seed=seed, out=out, progress=progress,
+            model, data, methods, recipe=_recipe(recipe), seed=seed, out=out, progress=progress,
             allow_no_effect=allow_no_effect, device=training_device(device), init=init, loss=loss, optimizer=optimizer,
             train_fn=train_fn, root=root, size=size,
         )  # fmt: skip
@@ -124,6 +124,18 @@ def fit(
         run.restore()
         run.train(stop, save_every, on_step)
         return run.result(stop)
+
+
+def _recipe(given: Recipe | str | None) -> Recipe:
+    if isinstance(given, Recipe) or given is None:
+        return given or STRONG
+    if given in RECIPES:
+        return RECIPES[given]
+    if isinstance(given, str):
+        raise unknown("recipe", given, RECIPES, SettingsError)
+    raise SettingsError(
+        f"recipe is a {type(given).__name__}; give a Recipe, such as hasten.STRONG.with_(epochs=5), or a name."
+    )
 
 
 class _Run:

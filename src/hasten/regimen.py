@@ -175,6 +175,11 @@ class Record:
 
 def made(make: Maker, model: nn.Module) -> tuple[Optimizer, ...]:
     """Return the optimizers that the caller's ``make`` builds for ``model``. Raises SettingsError for anything else."""
+    if not callable(make):
+        raise SettingsError(
+            f"optimizer is a {type(make).__name__}; give a function from the network to its optimizer, such as "
+            f"lambda net: torch.optim.AdamW(net.parameters(), lr=1e-3)."
+        )
     found = make(model)
     several = (
         (found,) if isinstance(found, Optimizer) else tuple(found) if isinstance(found, list | tuple) else ()

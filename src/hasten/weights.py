@@ -31,11 +31,17 @@ class Loaded:
 
     def __str__(self) -> str:
         text = f"initial weights: {len(self.loaded)} tensors loaded"
+        text += f" of {len(self.loaded) + len(self.fresh)}"
         if self.fresh:
-            text += "; left fresh: " + ", ".join(f"{name} ({reason})" for name, reason in self.fresh.items())
+            text += "; left fresh: " + _few([f"{name} ({reason})" for name, reason in self.fresh.items()])
         if self.unused:
-            text += "; not used: " + ", ".join(self.unused)
+            text += "; not used: " + _few(self.unused)
         return text
+
+
+def _few(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -90,7 +96,7 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, Tensor]) -> L
 
     source: a file (see ``read_weights``) or a state dict. Prefixes of wrappers (``module.``, ``_orig_mod.``, ...) are taken
     off where that makes names fit. What has another shape, such as the head for another number of classes, stays as
-    it is in ``net``. Raises SettingsError if nothing that is trained fits.
+    it is in ``net``. Raises SettingsError if less than a quarter of what is trained fits.
     """
     given = (
         read_weights(source) if isinstance(source, str | Path) else tensors_in(source, "the dictionary given")
@@ -107,9 +113,10 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, Tensor]) -> L
         else:
             value.copy_(given[name])
             result.loaded.append(name)
-    if not set(result.loaded) & {name for name, _ in net.named_parameters()}:
+    trained = {name for name, _ in net.named_parameters()}
+    if 4 * len(set(result.loaded) & trained) < len(trained):
         raise SettingsError(
-            f"init: no weight fits this network, which has {', '.join(list(own)[:3])}, ...; the weights have "
+            f"init: {len(set(result.loaded) & trained) or 'no'} weights of {len(trained)} fit this network, which has {', '.join(list(own)[:3])}, ...; the weights have "
             f"{', '.join(list(given)[:3])}, ... They are of another network."
         )
     return result

@@ -19,12 +19,14 @@ from torch import nn
 
 from hasten import compare, exporting
 from hasten.comparison import Arm, Told
+from hasten.comparison import blocks as blocks_
 from hasten.comparison import store as store_
 from hasten.comparison.plan import Cost, Plan, duration, fitted, from_text
 from hasten.comparison.shares import GRID, around, crossing, placed
 from hasten.comparison.worker import Workload, fresh_process
 from hasten.data import DataSet, Images
 from hasten.errors import HastenError, SettingsError, UnsupportedError
+from hasten.measure.load import Load, Watch
 from hasten.recipe import PLAIN
 from hasten.report import from_json
 
@@ -35,6 +37,18 @@ from helper import WIDTH
 def make(num_classes, in_channels):
     return nn.Sequential(nn.Conv2d(in_channels, WIDTH, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, num_classes))
 """
+
+
+class Calm(Watch):
+    """Sees no other process, so that a test does not depend on what else the machine does."""
+
+    def stop(self) -> tuple[Load, list[str]]:
+        return super().stop()[0], []
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_, "Watch", Calm)
 
 
 class Seen(Told):
@@ -189,6 +203,46 @@ def test_runs_of_another_day_or_boot_are_never_paired_with_todays(
     told = Seen()
     compare("lenet", small_data(), arms=[*two_arms(), fourth], seeds=1, out=out, told=told, **QUICK)
     assert not any("taken" in line for line in told.lines)
+
+
+def test_asked_again_a_finished_comparison_times_anew_what_was_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Busy(Watch):
+        def stop(self) -> tuple[Load, list[str]]:
+            return super().stop()[0], ["busy"]
+
+    out = tmp_path / "c"
+    monkeypatch.setattr(blocks_, "Watch", Busy)
+    with pytest.raises(KeyboardInterrupt):
+        compare("lenet", small_data(), arms=two_arms(), seeds=1, out=out, told=Seen(stop=2), **QUICK)
+    told = Seen()
+    compare("lenet", small_data(), arms=two_arms(), seeds=1, out=out, told=told, **QUICK)
+    assert f"2 of 4 runs taken from {out}" in told.lines  # what was stopped goes on
+    monkeypatch.setattr(blocks_, "Watch", Calm)
+    told = Seen()
+    compare("lenet", small_data(), arms=two_arms(), seeds=1, out=out, told=told, **QUICK)
+    assert not any("taken" in line for line in told.lines)
+    assert all(not r["disturbed"] for r in told.records)
+
+
+def test_a_plan_is_kept_for_each_question(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    for epochs in (2.0, 3.0, 2.0):
+        compare("lenet", small_data(), arms=two_arms(epochs), seeds=1, out=out, **QUICK)
+    assert len(json.loads((out / "plan.json").read_text())) == 2
+    assert len(stored(out)) == 8
+
+
+def test_arms_that_have_learned_nothing_are_told_so() -> None:
+    noise = np.random.default_rng(0)
+    pixels = noise.integers(0, 255, (96, 16, 16, 1)).astype(np.uint8)
+    images = Images(pixels, noise.permutation(np.arange(96) % 3), ("a", "b", "c"))
+    data = DataSet("noise", images, images.take(np.arange(48)), flip_ok=True)
+    found = compare("lenet", data, arms=two_arms(0.5), seeds=2, **{**QUICK, "aa_pairs": 2})
+    assert "hardly learned anything" in found.sentence
+    assert str(found).startswith(found.sentence[:20])
+    assert len(repr(found)) < 400
 
 
 def test_equal_arms_of_two_questions_share_their_runs_but_an_aa_test_makes_its_own(tmp_path: Path) -> None:
@@ -351,7 +405,7 @@ def test_a_first_pass_places_each_arm_by_its_own_points() -> None:
     assert crossing([0.25, 0.5, 1.0], [0.7, 0.8, 0.9], 0.65) < 0.25
 
 
-def calm(session: Any, data: Any, budget: Any) -> None:
+def own_loop(session: Any, data: Any, budget: Any) -> None:
     """A loop of the user's own."""
     done = 0
     while done < budget.steps:
@@ -363,7 +417,7 @@ def calm(session: Any, data: Any, budget: Any) -> None:
 
 
 def test_a_loop_of_the_users_own_is_compared_like_any_arm(tmp_path: Path) -> None:
-    own = [Arm(a.name, a.recipe, a.methods, a.kind, train_fn=calm) for a in two_arms()]
+    own = [Arm(a.name, a.recipe, a.methods, a.kind, train_fn=own_loop) for a in two_arms()]
     found = compare("lenet", small_data(), arms=own, seeds=1, out=tmp_path / "c", **QUICK)
     assert found.data["failures"] == []
     assert {run["samples_backward"] for arm in found.data["arms"] for run in arm["points"][-1]["runs"]} == {

@@ -189,7 +189,7 @@ def _next(finished: Any, demo: bool, model: str, data: str, root: str | None, si
     if finished.data["network"]:
         kept = finished.folder / finished.data["network"]
         lines.append(
-            f"Keep   hasten export {shlex.quote(str(kept))} net.pt2      (the network of {_whose(finished.data)})"
+            f"Keep   hasten export {shlex.quote(str(kept))} net.pt2{_trust(model)}      (the network of {_whose(finished.data)})"
         )
     if demo:
         return [*lines, "Next   hasten compare --data FOLDER --model resnet18 --limit 20m"]
@@ -209,6 +209,11 @@ def _next(finished: Any, demo: bool, model: str, data: str, root: str | None, si
     for text in row["methods"]:
         words += ["--method", text] if "mixed_precision" not in text else []
     return [*lines, f"Next   {shlex.join(words)}"]
+
+
+def _trust(model: str) -> str:
+    """Return the flag with which a network of the user's own code is built again."""
+    return " --trust-code" if ":" in model and not model.startswith(("torchvision:", "timm:")) else ""
 
 
 def _whose(data: Any) -> str:

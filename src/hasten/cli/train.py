@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json as json_
+import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="File of weights to begin from, .safetensors or .pt.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Key of all randomness.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Key of all randomness.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores where not given.")
     ] = None,
@@ -67,7 +68,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; the same call again continues what is there.")
     ] = None,
-    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
     allow_no_effect: Annotated[bool, typer.Option(help="Go on where a method changes nothing.")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write TensorBoard logs into the run's folder.")
@@ -110,7 +111,9 @@ def train(
         raise typer.Exit(128 + result.stopped)
     if not json:
         say(f"Next   {next_command(context)}")
-        say(f"       hasten export {shlex.quote(str(out))} {shlex.quote(_file_name(model))}.pt2")
+        say(
+            f"       hasten export {shlex.quote(str(out))} {shlex.quote(_file_name(model))}.pt2{_trust(model)}"
+        )
 
 
 def _preset(recipe: str | None, plain: bool) -> str:
@@ -155,6 +158,10 @@ def _run(
     from hasten.loop import fit
     from hasten.progress import Messages, for_terminal
 
+    if threads and threads > (os.cpu_count() or threads):
+        raise SettingsError(
+            f"threads is {threads}, and this machine has {os.cpu_count()} cores: give 1 to {os.cpu_count()}."
+        )
     if threads:
         torch.set_num_threads(threads)
     device = training_device(device)
@@ -265,6 +272,11 @@ def _list_settings(preset: str) -> None:
         value = getattr(recipe, name)
         shown = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else value
         say(f"  {f'{name}={shown}':<28} {MEANING[name]} ({said(hint)})")
+
+
+def _trust(model: str) -> str:
+    """Return the flag with which a network of the user's own code is built again."""
+    return " --trust-code" if ":" in model and not model.startswith(("torchvision:", "timm:")) else ""
 
 
 def next_command(context: typer.Context) -> str:

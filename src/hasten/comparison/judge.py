@@ -15,6 +15,9 @@ from hasten.comparison.curves import Record, Shares
 from hasten.measure.curve import TimeCurve, pooled_spread, sooner, time_to
 from hasten.report import schema
 
+LEARNED = 0.05
+"""Accuracy above guessing from which a target says something (our choice)."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -29,6 +32,7 @@ class Judged:
 def judged(
     arms: Sequence[Arm], shares: Shares, records: Sequence[Record], *, goal: float | None, aa: schema.Noise | None,
     training_macs: float = 0.0,
+    chance: float = 0.0,
 ) -> Judged:  # fmt: skip
     """Return what the records of the runs amount to; see `summarise` for what is given."""
     blocks = 1 + max((r["block"] for r in records), default=0)
@@ -75,6 +79,11 @@ def judged(
     rows_.work(rows, plain)
     seeds = min((int(c.counts.min()) for c in known.values()), default=0)
     why_not = blocked(aa, quiet) if seeds > 1 else ""
+    if aim is not None and goal is None and aim.accuracy < chance + LEARNED:
+        why_not = (
+            f"No claim: at these budgets the arms have hardly learned anything ({percent(aim.accuracy)} is what all reach, "
+            f"guessing gives {percent(chance)}); give more epochs or a longer limit."
+        )
     if why_not:
         _unclaimed(rows)
     if aim is None:

@@ -73,10 +73,10 @@ class Plan:
         return reference(self.arms).name
 
 
-def stored(plan: Plan, key: str) -> dict[str, Any]:
-    """Return what a later call needs to follow ``plan`` again, as plain JSON. key: what the plan was asked for."""
+def stored(plan: Plan) -> dict[str, Any]:
+    """Return what a later call needs to follow ``plan`` again, as plain JSON."""
     return {
-        "key": key, "epochs": {arm.name: arm.recipe.epochs for arm in plan.arms}, "seeds": plan.seeds, "keep": plan.keep,
+        "epochs": {arm.name: arm.recipe.epochs for arm in plan.arms}, "seeds": plan.seeds, "keep": plan.keep,
         "costs": {name: dataclasses.asdict(cost) for name, cost in plan.costs.items()}, "changes": plan.changes,
         "compiled": any(m.settings().get("compile", False) for arm in plan.arms for m in arm.methods),
     }  # fmt: skip

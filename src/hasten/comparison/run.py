@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -54,6 +55,12 @@ class Comparison:
 
     data: ReportData
     folder: Path | None
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines(), *([f"Report {self.folder / 'report.html'}"] if self.folder else [])])
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.sentence!r}, folder={str(self.folder) if self.folder else None!r})"
 
     @property
     def sentence(self) -> str:
@@ -166,6 +173,7 @@ def compare(
         if why:
             told.say(f"Note   all runs share this process, since they cannot be handed to others: {why}")
         isolate = not why
+    built(workload, reference(arms))  # what cannot be built leaves no folder behind
     folder = claim_folder(Path(out), kind="hasten comparison") if out is not None else None
     course = _Course(workload, arms, numbers, folder, isolate, told, begun, seconds, seeds is not None, target,
                      tuple(sorted({*budgets, 1.0})) if budgets else None, aa_pairs, compile)  # fmt: skip
@@ -260,7 +268,7 @@ class _Course:
             "reused": runs.taken, "changes": [*plan.changes, *seeds],
         }  # fmt: skip
         report = summarise(settings, self.arms, shares, records, goal=self.target, aa=aa, title=title, training_macs=training,
-                           plan=plan_data, notes=self._notes(whole), command=command, config_toml=config_toml)  # fmt: skip
+                           plan=plan_data, notes=self._notes(whole), chance=1 / len(data.classes), command=command, config_toml=config_toml)  # fmt: skip
         report["network"] = self._kept(runner, report)
         return report
 
@@ -269,16 +277,17 @@ class _Course:
         plan = Plan(self.arms, self.seeds, {}, 1.0, self.fixed, self.pairs, self.limit, [])
         asked = Runs(None, self.workload, data)
         what = [asked.key(arm, 1.0, 0) for arm in self.arms]
-        key = json.dumps(
+        text = json.dumps(
             [what, self.seeds, self.seeds_given, self.limit, self.fixed, self.pairs, self.compile]
         )
+        key = hashlib.sha256(text.encode()).hexdigest()[:20]
         file = self.folder / "plan.json" if self.folder is not None else None
         kept = _read(file)
-        if kept.get("key") == key:
-            return again(plan, kept)
+        if key in kept:
+            return again(plan, kept[key])
         plan = self._timed(plan, data)
         if file is not None:
-            file.write_text(json.dumps(stored(plan, key), indent=1) + "\n", encoding="utf-8")
+            file.write_text(json.dumps({**kept, key: stored(plan)}, indent=1) + "\n", encoding="utf-8")
         return plan
 
     def _timed(self, plan: Plan, data: Any) -> Plan:

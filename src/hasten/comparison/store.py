@@ -25,14 +25,19 @@ class Runs:
     """The runs of one comparison, in ``runs.jsonl`` of its folder, found again by all that shapes them.
 
     The key of a run is its identity (the model with the hash of its code, the data's content, recipe, methods, seed),
-    the budget, threads, device, and this machine with its versions. Failures are never taken again.
+    the budget, threads, device, and this machine with its versions. Failures are never taken again, nor, once
+    the comparison has ended, runs beside which something else used the machine.
     """
 
     def __init__(self, folder: Path | None, workload: Workload, data: Any) -> None:
         self._path = folder / "runs.jsonl" if folder is not None else None
         self._workload, self._data = workload, data
         stored = read_jsonl(self._path) if self._path is not None and self._path.exists() else []
-        self._known = {r["key"]: r for r in stored if r.get("failure") is None}
+        # a finished comparison is asked for again to have the times that did not count; an unfinished one goes on
+        finished = folder is not None and (folder / "report.json").exists()
+        self._known = {
+            r["key"]: r for r in stored if r.get("failure") is None and not (finished and r.get("disturbed"))
+        }
         self.taken = self.ran = 0
 
     def key(self, arm: Arm, share: float, seed: int, copy: int = 0) -> str:

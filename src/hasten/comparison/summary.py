@@ -26,6 +26,7 @@ def summarise(
     aa: schema.Noise | None,
     title: str = "",
     training_macs: float = 0.0,
+    chance: float = 0.0,
     plan: schema.Plan | None = None,
     notes: Sequence[str] = (),
     command: str = "",
@@ -35,9 +36,9 @@ def summarise(
 
     shares: each arm's budgets as shares of its full one. records: one for each run, with ``arm``, ``share``, ``block``.
     goal: a target set beforehand, or None for the highest accuracy that all arms are shown to reach. training_macs: work
-    of forward and backward for one sample.
+    of forward and backward for one sample. chance: the accuracy of guessing.
     """
-    found = judged(arms, shares, records, goal=goal, aa=aa, training_macs=training_macs)
+    found = judged(arms, shares, records, goal=goal, aa=aa, training_macs=training_macs, chance=chance)
     aim, rows = found.aim, found.rows
     return schema.check(
         {

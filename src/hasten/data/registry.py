@@ -51,7 +51,10 @@ def load(
     looks_like_path = isinstance(name, Path) or os.sep in text or "/" in text or text.endswith(".npz")
     # An empty name would be the current folder.
     if not text.strip() or not (looks_like_path or os.path.exists(path)):
-        raise errors.unknown("data set", text[:200], available(), DataError)
+        known = errors.unknown("data set", text[:200], available(), DataError)
+        raise DataError(
+            f"there is no file or folder {text[:200]!r} here, and it is no known data set: {known}"
+        )
     if root is not None or download:
         raise DataError(f"root and download are for named data sets, not for the path {path}.")
     return _load_path(path, size)
